@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint fmt generate image deps clean
+
+# sudo hides the usual place of Go.
+export PATH := $(PATH):/usr/local/go/bin
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## bin/pillion, one static binary
+	@scripts/deps.sh build
+	@scripts/build.sh
+
+demo: ## watch it work: curl and nginx, a sidecar beside each, every address true (root)
+	@scripts/demo.sh
+
+test: ## vet and all tests, with the race detector; those that need the kernel want root
+	@scripts/test.sh
+
+bench: ## connection set-up through Pillion beside direct and iptables REDIRECT, as ratios (root)
+	@scripts/deps.sh bench
+	@scripts/bench.sh
+
+lint: ## golangci-lint and shellcheck
+	@scripts/lint.sh
+
+fmt: ## gofumpt over the tree
+	@"$$(scripts/tool.sh gofumpt)" -w .
+
+generate: ## bpf/: Go bindings and objects from the C (clang 14)
+	@scripts/generate.sh
+
+image: ## container image FROM scratch (podman, buildah or docker)
+	@scripts/image.sh
+
+deps: ## install the Debian packages that test, lint and generate need (root)
+	@scripts/deps.sh build demo test bench lint generate
+
+clean: ## remove what was built
+	@rm -rf bin coverage*

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+)
+
+// Listeners are the ports of the proxy's three listeners, each bound to 127.0.0.1 and ::1. The capture hands connections
+// to them; they are no port that an app or a peer ever sees.
+type Listeners struct {
+	Outbound   uint16 `json:"outbound"`    // what the app dials
+	Inbound    uint16 `json:"inbound"`     // what dials the app, passed on in the client's name
+	InboundOwn uint16 `json:"inbound_own"` // the same, for app listeners with a mark of their own: passed on from our address
+}
+
+// Contains reports whether the port is one of the three.
+func (l Listeners) Contains(port uint16) bool {
+	return port == l.Outbound || port == l.Inbound || port == l.InboundOwn
+}
+
+// Shared is what the capture and the proxy must agree on.
+type Shared struct {
+	Slot         Slot      `json:"slot"`
+	Listeners    Listeners `json:"listeners"`
+	DialOutbound PortRange `json:"dial_outbound"` // source ports of the proxy's dials for the app
+	DialInbound  PortRange `json:"dial_inbound"`  // source ports of the proxy's dials to the app
+}
+
+// DefaultShared is what `pillion init` and `pillion proxy` use when nothing else is said.
+func DefaultShared() Shared {
+	return Shared{
+		Listeners:    Listeners{PortOutbound, PortInbound, PortInboundOwn},
+		DialOutbound: DialOutbound,
+		DialInbound:  DialInbound,
+	}
+}
+
+func (s Shared) problems() (errs []error) {
+	if s.Slot >= Slots {
+		errs = append(errs, fmt.Errorf("slot %d: must be below %d", s.Slot, Slots))
+	}
+	l := s.Listeners
+	for _, p := range []struct {
+		flag string
+		port uint16
+	}{{"--outbound-port", l.Outbound}, {"--inbound-port", l.Inbound}, {"--inbound-own-port", l.InboundOwn}} {
+		if p.port == 0 {
+			errs = append(errs, fmt.Errorf("%s: must be from 1 to 65535", p.flag))
+		}
+	}
+	if l.Outbound == l.Inbound || l.Outbound == l.InboundOwn || l.Inbound == l.InboundOwn {
+		errs = append(errs, fmt.Errorf("--outbound-port %d, --inbound-port %d, --inbound-own-port %d: must differ",
+			l.Outbound, l.Inbound, l.InboundOwn))
+	}
+	ranges := []struct {
+		flag string
+		r    PortRange
+	}{{"--dial-outbound", s.DialOutbound}, {"--dial-inbound", s.DialInbound}}
+	for _, d := range ranges {
+		if d.r.First == 0 || d.r.Last < d.r.First {
+			errs = append(errs, fmt.Errorf("%s %s: not a port range", d.flag, d.r))
+		}
+		for _, p := range []uint16{l.Outbound, l.Inbound, l.InboundOwn} {
+			if d.r.Contains(p) {
+				errs = append(errs, fmt.Errorf("%s %s: contains the listener port %d", d.flag, d.r, p))
+			}
+		}
+	}
+	if s.DialOutbound.Overlaps(s.DialInbound) {
+		errs = append(errs, fmt.Errorf("--dial-outbound %s and --dial-inbound %s: must not overlap: the capture tells the proxy's dials apart by them",
+			s.DialOutbound, s.DialInbound))
+	}
+	return errs
+}
+
+// Capture is what the privileged step installs.
+type Capture struct {
+	Shared
+	Cgroup             string      `json:"cgroup"`                // cgroup2 directory; every process in it or below it is captured
+	OnProxyDown        FailureMode `json:"on_proxy_down"`         // outbound
+	OnProxyDownInbound FailureMode `json:"on_proxy_down_inbound"` // inbound
+	ProxyUID           uint32      `json:"proxy_uid"`             // sockets made by this user are the proxy's
+}
+
+// DefaultCapture holds outbound and inbound connections until the proxy is up.
+func DefaultCapture() Capture { return Capture{Shared: DefaultShared(), ProxyUID: ProxyUID} }
+
+// Validate reports every problem at once.
+func (c Capture) Validate() error {
+	errs := c.problems()
+	if c.ProxyUID == 0 {
+		errs = append(errs, errors.New("--proxy-uid 0: root cannot be the proxy's user inside the captured cgroup: every root process would pass uncaptured"))
+	}
+	return errors.Join(errs...)
+}
+
+// Proxy configures the sidecar itself.
+type Proxy struct {
+	Shared
+	ConnectTimeout time.Duration  `json:"connect_timeout"` // of a dial, in place of the app's own
+	DrainTimeout   time.Duration  `json:"drain_timeout"`   // how long SIGTERM waits for live connections
+	MaxConnections int            `json:"max_connections"` // 0: as many as the descriptor limit allows
+	Admin          netip.AddrPort `json:"admin"`           // loopback only; invalid (zero) value: none
+	Health         netip.AddrPort `json:"health"`          // metrics and health; invalid (zero) value: none
+	LogLevel       slog.Level     `json:"log_level"`
+	LogFormat      string         `json:"log_format"` // json, text, or auto: text on a terminal
+}
+
+// DefaultProxy is the sidecar of a pod.
+func DefaultProxy() Proxy {
+	return Proxy{
+		Shared:         DefaultShared(),
+		ConnectTimeout: 10 * time.Second,
+		DrainTimeout:   30 * time.Second,
+		Admin:          netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), PortAdmin),
+		Health:         netip.AddrPortFrom(netip.IPv6Unspecified(), PortHealth),
+		LogFormat:      "auto",
+	}
+}
+
+// Validate reports every problem at once.
+func (p Proxy) Validate() error {
+	errs := p.problems()
+	if p.ConnectTimeout <= 0 {
+		errs = append(errs, fmt.Errorf("--connect-timeout %s: must be positive", p.ConnectTimeout))
+	}
+	if p.DrainTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--drain-timeout %s: must not be negative", p.DrainTimeout))
+	}
+	if p.MaxConnections < 0 {
+		errs = append(errs, fmt.Errorf("--max-connections %d: must not be negative (0: as many as descriptors allow)", p.MaxConnections))
+	}
+	if p.Admin.IsValid() && !p.Admin.Addr().IsLoopback() {
+		errs = append(errs, fmt.Errorf("--admin %s: must be a loopback address: the admin interface shows what the app talks to, and has no authentication", p.Admin))
+	}
+	switch p.LogFormat {
+	case "json", "text", "auto":
+	default:
+		errs = append(errs, fmt.Errorf("--log-format %q: must be json, text or auto", p.LogFormat))
+	}
+	return errors.Join(errs...)
+}

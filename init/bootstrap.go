@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bootstrap is the init step: find the cgroup, plan, install, prove by real connections, report. It is the library
+// behind `pillion init`, `pillion clean` and the capture of `pillion run`; the folder is called init, which a Go package
+// cannot usefully be.
+//
+// What always holds: a capture that could not be proven is not left behind, and the caller gets the error; and while
+// the capture of a network namespace is changed, its lock is held.
+package bootstrap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/ebpf"
+)
+
+// Options of an installation.
+type Options struct {
+	Policy  config.Capture
+	Verify  bool            // prove the capture before it is final
+	Without bpf.CaptureCure // cures taken out, for tests
+	Log     *slog.Logger
+}
+
+// Result is what was done.
+type Result struct {
+	Plan     redirect.Plan    `json:"plan"`
+	Cgroup   string           `json:"cgroup"`
+	FoundBy  string           `json:"found_by"` // how the cgroup was found
+	Changed  []string         `json:"changed"`
+	Replaced bool             `json:"replaced"`
+	Left     int              `json:"left"` // programs of an earlier capture that could not be detached
+	Checks   []redirect.Check `json:"checks,omitempty"`
+	Took     time.Duration    `json:"took"`
+}
+
+// target is the cgroup to capture, and whether this process is in it.
+type target struct {
+	*cgroup.Dir
+	foundBy string
+	inside  bool
+}
+
+func findTarget(path string) (target, error) {
+	if path == "" {
+		dir, how, err := cgroup.FindPod()
+		return target{dir, how, true}, err
+	}
+	dir, err := cgroup.Open(path)
+	if err != nil {
+		return target{}, err
+	}
+	return target{dir, "--cgroup", isInside(dir)}, nil
+}
+
+// isInside reports whether this process is in the cgroup or below it.
+func isInside(dir *cgroup.Dir) bool {
+	own, err := cgroup.OwnDir()
+	if err != nil {
+		return false
+	}
+	defer own.Close()
+	return own.ID == dir.ID || strings.HasPrefix(own.Path, strings.TrimSuffix(dir.Path, "/")+"/")
+}
+
+// MakePlan says what Init would do.
+func MakePlan(policy config.Capture) (redirect.Plan, string, error) {
+	t, err := findTarget(policy.Cgroup)
+	if err != nil {
+		return redirect.Plan{}, "", err
+	}
+	defer t.Close()
+	p, err := planFor(policy, t.Dir, redirect.Persistent)
+	return p, t.foundBy, err
+}
+
+func planFor(policy config.Capture, dir *cgroup.Dir, lifetime redirect.Lifetime) (redirect.Plan, error) {
+	host, err := redirect.ReadHost(dir.ID)
+	if err != nil {
+		return redirect.Plan{}, err
+	}
+	policy.Cgroup = dir.Path
+	return ebpf.Plan(policy, host, lifetime), nil
+}
+
+// Init installs a capture that stays when this process has ended.
+func Init(ctx context.Context, o Options) (Result, error) {
+	start := time.Now()
+	t, err := findTarget(o.Policy.Cgroup)
+	if err != nil {
+		return Result{}, err
+	}
+	defer t.Close()
+	release, err := redirect.Lock(ctx)
+	if err != nil {
+		return Result{}, err
+	}
+	defer release()
+	warnOfOverlap(o.Log, o.Policy.Shared)
+	r := Result{Cgroup: t.Path, FoundBy: t.foundBy}
+	if r.Plan, err = planFor(o.Policy, t.Dir, redirect.Persistent); err != nil {
+		return r, err
+	}
+	installed, err := ebpf.Install(r.Plan, t.Dir, o.Without)
+	if err != nil {
+		return r, err
+	}
+	r.Changed, r.Replaced = installed.Changed, installed.Replaced
+	if o.Verify {
+		if r.Checks, err = verify(ctx, t, r.Plan.Policy); err != nil {
+			return r, errors.Join(err, installed.Rollback())
+		}
+	}
+	err = installed.Commit()
+	r.Left, r.Took = installed.Left, time.Since(start)
+	return r, err
+}
+
+// Held is the capture of a command: it ends with this process.
+type Held struct {
+	Plan    redirect.Plan
+	Checks  []redirect.Check
+	capture *ebpf.Capture
+}
+
+// Hold captures a cgroup for as long as this process lives. It picks a slot that is free and asks prepare for what the
+// capture and the proxy then agree on: the proxy's listeners are open before anything is captured.
+func Hold(ctx context.Context, o Options, prepare func(config.Slot) (config.Shared, error)) (*Held, error) {
+	t, err := findTarget(o.Policy.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer t.Close()
+	h := &Held{}
+	if err := h.install(ctx, t, o, prepare); err != nil {
+		return nil, err
+	}
+	if o.Verify {
+		if h.Checks, err = verify(ctx, t, h.Plan.Policy); err != nil {
+			return nil, errors.Join(err, h.Close())
+		}
+	}
+	return h, nil
+}
+
+func (h *Held) install(ctx context.Context, t target, o Options, prepare func(config.Slot) (config.Shared, error)) error {
+	release, err := redirect.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	slot, err := ebpf.FreeSlot()
+	if err != nil {
+		return err
+	}
+	if o.Policy.Shared, err = prepare(slot); err != nil {
+		return err
+	}
+	if h.Plan, err = planFor(o.Policy, t.Dir, redirect.Held); err != nil {
+		return err
+	}
+	h.capture, err = ebpf.Hold(h.Plan, t.Dir, o.Without)
+	return err
+}
+
+// Counters reads the count of each verdict.
+func (h *Held) Counters() (map[string]uint64, error) { return h.capture.Counters() }
+
+// Close takes the capture away.
+func (h *Held) Close() error { return h.capture.Close() }
+
+// Clean takes away every capture of the cgroup in this network namespace.
+func Clean(ctx context.Context, path string) (ebpf.Removal, error) {
+	t, err := findTarget(path)
+	if err != nil {
+		return ebpf.Removal{}, err
+	}
+	defer t.Close()
+	release, err := redirect.Lock(ctx)
+	if err != nil {
+		return ebpf.Removal{}, err
+	}
+	defer release()
+	r, err := ebpf.Remove(t.Dir)
+	if errors.Is(err, ebpf.ErrNotInstalled) {
+		return r, &config.Fault{
+			Err:  fmt.Errorf("cgroup %s: %w", t.Path, err),
+			Hint: "`pillion status` shows every capture of this network namespace; enter the namespace of the pod or command first (nsenter --net)",
+		}
+	}
+	return r, err
+}
+
+// Verify proves the capture of a cgroup by real connections.
+func Verify(ctx context.Context, policy config.Capture) ([]redirect.Check, error) {
+	t, err := findTarget(policy.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer t.Close()
+	return verify(ctx, t, policy)
+}
+
+// warnOfOverlap tells when the app may be given a port from which the proxy dials.
+func warnOfOverlap(log *slog.Logger, s config.Shared) {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err != nil {
+		return
+	}
+	var first, last uint16
+	if _, err := fmt.Sscan(string(b), &first, &last); err != nil {
+		return
+	}
+	app := config.PortRange{First: first, Last: last}
+	for name, r := range map[string]config.PortRange{"--dial-outbound": s.DialOutbound, "--dial-inbound": s.DialInbound} {
+		if r.Overlaps(app) {
+			log.Warn("the proxy's dials and the app share source ports; under many connections the app may find none",
+				"flag", name, "range", r.String(), "net.ipv4.ip_local_port_range", app.String())
+		}
+	}
+}

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lifecycle
+
+import "golang.org/x/sys/unix"
+
+// reserve is how many descriptors are not for connections: listeners, metrics and admin clients, the logs, the runtime's
+// epoll, and those needed to accept a connection only to reset it.
+const reserve = 64
+
+// ConnectionLimit is how many connections fit into the process's descriptor limit, at two descriptors each, or asked, if
+// that is not 0. If asked is more than fits, warning says so.
+//
+// The soft limit is not raised here, because the Go runtime has raised it to the hard one already (and gives the old one
+// back to children, which it would not if we set it ourselves).
+func ConnectionLimit(asked int) (limit int, warning string) {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		l.Cur = 1024 // cannot happen; the usual soft limit
+	}
+	fits := int(min(l.Cur, 1<<24))
+	fits = max((fits-min(reserve, fits/2))/2, 1)
+	switch {
+	case asked == 0:
+		return fits, ""
+	case asked > fits:
+		return asked, "the descriptor limit allows fewer connections than --max-connections: raise RLIMIT_NOFILE (LimitNOFILE= in systemd)"
+	default:
+		return asked, ""
+	}
+}

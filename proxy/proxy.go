@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package proxy is the user half: it takes the connections that the capture hands to its listeners, dials where each was
+// meant to go, and passes on what both sides say.
+//
+// What always holds:
+//   - The proxy knows nothing of how connections come to it. The local address of an accepted connection is its original
+//     destination; there is nothing to look up.
+//   - A connection has one handler, which is straight-line code from the accept to the close, and one record, which is
+//     closed with one reason. When the handler returns, both sockets are closed.
+//   - A handler sees connections through small interfaces (tcp.Conn, upstream.Client). What is below them, goroutines and
+//     package net today, can be replaced without touching a handler.
+//   - A dial of the proxy's own that comes back is cut at once, wherever it comes from: there are no loops.
+//   - Descriptors are bounded. One connection too many is accepted and reset, so that its client is told.
+//   - Serve returns when, and only when, every socket is closed and every goroutine has ended.
+package proxy
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/proxy/admin"
+	"github.com/pillionproxy/pillion/proxy/lifecycle"
+	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/telemetry"
+	"github.com/pillionproxy/pillion/proxy/upstream"
+)
+
+// Config is what a Server is made of. A listener's port that is 0 is chosen by Listen. Admin and Health are not opened if
+// they are the zero AddrPort.
+type Config struct {
+	config.Proxy
+	Log      *slog.Logger       // operational messages; slog.Default if nil
+	Access   *slog.Logger       // one line per connection at its close; Log if nil
+	Observer telemetry.Observer // told of every connection; may be nil
+}
+
+// Server is the sidecar. It is made by Listen and used by one call of Serve.
+type Server struct {
+	cfg    config.Proxy
+	log    *slog.Logger
+	book   *telemetry.Book
+	dialer *upstream.Dialer
+
+	outbound, inbound, inboundOwn *listen.Listener
+	admin, health                 net.Listener // nil if there is none
+
+	live    *lifecycle.Live
+	state   readiness
+	doubt   chan struct{} // one place: a dial of ours has come back
+	failing atomic.Int64  // when an accept that failed was last logged, in Unix seconds
+	cut     chan struct{} // closed by Close
+	cutOnce sync.Once
+}
+
+// Listen opens all listeners: what it returns has its ports, and the kernel queues connections for it, but none is
+// accepted before Serve. Its errors carry a hint.
+func Listen(cfg Config) (*Server, error) {
+	if err := validate(cfg.Proxy); err != nil {
+		return nil, &config.Fault{Err: err, Exit: config.ExitConfig}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	if cfg.Access == nil {
+		cfg.Access = cfg.Log
+	}
+	s := &Server{cfg: cfg.Proxy, log: cfg.Log, doubt: make(chan struct{}, 1), cut: make(chan struct{})}
+	if err := s.listen(); err != nil {
+		s.closeListeners()
+		return nil, err
+	}
+	if !s.outbound.HasIPv6() {
+		s.log.Warn("this host has no ::1: going on with IPv4 only")
+	}
+	limit, warning := lifecycle.ConnectionLimit(cfg.MaxConnections)
+	if warning != "" {
+		s.log.Warn(warning, "limit", limit)
+	}
+	s.live = lifecycle.NewLive(limit)
+	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
+	s.dialer = upstream.New(s.cfg, s.log)
+	return s, nil
+}
+
+// validate is config.Proxy's Validate, for which a port that is yet to be chosen is any that fits.
+func validate(p config.Proxy) error {
+	l := &p.Listeners
+	for _, port := range []*uint16{&l.Outbound, &l.Inbound, &l.InboundOwn} {
+		for free := uint16(1); *port == 0; free++ {
+			if usable(p.Shared, free) {
+				*port = free
+			}
+		}
+	}
+	return p.Validate()
+}
+
+// usable reports whether a listener may have the port, beside the listeners that have one already.
+func usable(s config.Shared, port uint16) bool {
+	return !s.Listeners.Contains(port) && !s.DialOutbound.Contains(port) && !s.DialInbound.Contains(port)
+}
+
+func (s *Server) listen() (err error) {
+	ok := func(port uint16) bool { return usable(s.cfg.Shared, port) }
+	for _, l := range []struct {
+		listener **listen.Listener
+		port     *uint16
+	}{
+		{&s.outbound, &s.cfg.Listeners.Outbound},
+		{&s.inbound, &s.cfg.Listeners.Inbound},
+		{&s.inboundOwn, &s.cfg.Listeners.InboundOwn},
+	} {
+		if *l.listener, err = listen.Open(*l.port, ok); err != nil {
+			return err
+		}
+		*l.port = (*l.listener).Port()
+	}
+	if s.admin, err = openHTTP("--admin", s.cfg.Admin); err != nil {
+		return err
+	}
+	s.health, err = openHTTP("--health", s.cfg.Health)
+	return err
+}
+
+func openHTTP(flag string, addr netip.AddrPort) (net.Listener, error) {
+	if !addr.IsValid() {
+		return nil, nil
+	}
+	l, err := admin.Listen(addr)
+	if err != nil {
+		return nil, &config.Fault{
+			Err:  fmt.Errorf("listen for %s: %w", flag, err),
+			Hint: fmt.Sprintf("give %s another address, or `none`", flag),
+		}
+	}
+	return l, nil
+}
+
+// closeListeners closes what was opened; what was not is nil.
+func (s *Server) closeListeners() {
+	for _, l := range []*listen.Listener{s.outbound, s.inbound, s.inboundOwn} {
+		if l != nil {
+			l.Close()
+		}
+	}
+	for _, l := range []net.Listener{s.admin, s.health} {
+		if l != nil {
+			_ = l.Close()
+		}
+	}
+}
+
+// Listeners are the ports on which the server listens.
+func (s *Server) Listeners() config.Listeners { return s.cfg.Listeners }
+
+// Ready returns nil when the server accepts connections and is able to relay them, else why not.
+func (s *Server) Ready() error { return s.state.ready() }
+
+// Live lists the live connections, oldest first.
+func (s *Server) Live() []telemetry.Connection { return s.book.Live() }

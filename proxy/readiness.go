@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"errors"
+	"sync"
+)
+
+// phase is where a server is in its life.
+type phase int
+
+const (
+	listening phase = iota // connections queue in the kernel
+	serving
+	draining
+)
+
+var (
+	errNotServing = errors.New("not serving yet: connections wait in the listeners' queues")
+	errDraining   = errors.New("draining: no new connections are accepted")
+	errUnproven   = errors.New("not yet proven that the proxy's own dials pass uncaptured")
+)
+
+// readiness is whether the server can relay, and if not, why.
+type readiness struct {
+	mu     sync.Mutex
+	phase  phase
+	proven bool  // a proof has succeeded, and nothing has contradicted it since
+	doubt  error // why not, if a proof has failed
+}
+
+func (r *readiness) ready() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.phase == listening:
+		return errNotServing
+	case r.phase == draining:
+		return errDraining
+	case r.proven:
+		return nil
+	case r.doubt != nil:
+		return r.doubt
+	default:
+		return errUnproven
+	}
+}
+
+func (r *readiness) enter(p phase) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.phase = p
+}
+
+// prove notes the result of a proof, or what contradicts one. changed reports whether it differs in outcome from before.
+func (r *readiness) prove(err error) (changed bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	changed = r.proven != (err == nil) || err != nil && r.doubt == nil
+	r.proven, r.doubt = err == nil, err
+	return changed
+}
+
+// entered reports whether the phase has been reached.
+func (r *readiness) entered(p phase) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.phase >= p
+}

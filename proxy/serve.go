@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"sync"
+
+	"github.com/pillionproxy/pillion/proxy/telemetry"
+)
+
+// Serve accepts and relays until ctx is done. Then it closes the listeners, so that the capture's failure policy decides
+// over new connections, waits for the live ones up to the drain timeout, resets those that are left, and returns when
+// nothing of the server is left. It is called once.
+func (s *Server) Serve(ctx context.Context) error {
+	// The connections outlive ctx by the drain.
+	carrying, abort := context.WithCancel(context.WithoutCancel(ctx))
+	defer abort()
+	stopWeb := s.serveWeb()
+	defer stopWeb()
+
+	s.state.enter(serving)
+	stopServing := s.serve(ctx, carrying)
+	s.log.Info("serving", "outbound", s.cfg.Listeners.Outbound, "inbound", s.cfg.Listeners.Inbound,
+		"inbound_own", s.cfg.Listeners.InboundOwn, "ipv6", s.outbound.HasIPv6(), "max_connections", s.live.Limit())
+	select {
+	case <-ctx.Done():
+	case <-s.cut:
+	}
+	s.state.enter(draining)
+	stopServing()
+	if n := s.live.Drain(s.cfg.DrainTimeout, s.cut, abort); n > 0 {
+		s.log.Warn("reset connections that were still open", "connections", n)
+	}
+	return nil
+}
+
+// Close ends Serve at once, or cuts its drain short: live connections are reset. It does not wait for Serve to return. If
+// Serve was not called, it closes the listeners.
+func (s *Server) Close() {
+	s.cutOnce.Do(func() { close(s.cut) })
+	if !s.state.entered(serving) {
+		s.closeListeners()
+	}
+}
+
+// serve accepts, and proves that it is right to, until stop is called, which waits until nothing more is accepted.
+func (s *Server) serve(ctx, carrying context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	routes := s.routes(carrying)
+	for _, r := range routes {
+		running.Go(func() { r.listener.Serve(r) })
+	}
+	running.Go(func() { s.keepProving(ctx) })
+	return func() {
+		cancel()
+		for _, r := range routes {
+			r.listener.Close()
+		}
+		running.Wait()
+	}
+}
+
+// routes are the ways of connections through the server, one for each listener.
+func (s *Server) routes(carrying context.Context) []*route {
+	return []*route{
+		{Server: s, carrying: carrying, listener: s.outbound, direction: telemetry.Outbound, dial: s.dialer.Outbound},
+		{Server: s, carrying: carrying, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
+		{Server: s, carrying: carrying, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
+	}
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/cgroup"
+)
+
+// Capture is a Held capture: it lives as long as this process.
+type Capture struct {
+	in       *installer
+	counters *ebpf.Map
+}
+
+// Hold installs a Held plan: programs are attached by links that the kernel removes when this process ends, however it
+// ends, so that nothing captures without us. Where the kernel has no tcx (before 6.6), filters of a killed process stay
+// until the next Hold or Remove, but see no marked packet any more. A failure leaves the host as it was. The caller holds
+// the redirect.Lock.
+func Hold(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Capture, error) {
+	if err := sweep(plan.Policy.Slot); err != nil {
+		return nil, err
+	}
+	objects, err := load(plan.Policy, without, nil)
+	if err != nil {
+		return nil, err
+	}
+	in := &installer{plan: plan, dir: dir, objects: objects}
+	in.undo = append(in.undo, func() error { objects.Close(); return nil })
+	if err := in.hold(); err != nil {
+		return nil, errors.Join(err, in.rollback())
+	}
+	return &Capture{in: in, counters: objects.Maps[bpf.CaptureMapCounters]}, nil
+}
+
+// Counters reads the count of each verdict.
+func (c *Capture) Counters() (map[string]uint64, error) { return readCounters(c.counters) }
+
+// Close takes everything away again. It takes the redirect.Lock by itself, waiting no longer than a few seconds for it.
+func (c *Capture) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	release, err := redirect.Lock(ctx)
+	if err != nil {
+		return errors.Join(err, c.in.rollback())
+	}
+	defer release()
+	return c.in.rollback()
+}
+
+func (in *installer) hold() error {
+	found, err := foundSysctls()
+	if err != nil {
+		return err
+	}
+	slot, err := claim(in.plan.Policy.Slot, found)
+	if err != nil {
+		return err
+	}
+	in.undo = append(in.undo, slot.Close)
+	for _, step := range []func() error{
+		in.holdFilters,
+		func() error { return in.sysctls(found) },
+		in.routes,
+		in.rules,
+		in.holdHooks,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (in *installer) holdFilters() error {
+	for i, f := range in.plan.Filters {
+		l, err := attachTCX(f, in.objects.Programs[f.Program])
+		if errors.Is(err, ebpf.ErrNotSupported) && i == 0 {
+			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: "held"}, previous{})
+		}
+		if err != nil {
+			return err
+		}
+		in.did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), l.Close)
+	}
+	return nil
+}
+
+func attachTCX(f redirect.Filter, p *ebpf.Program) (link.Link, error) {
+	at := ebpf.AttachTCXIngress
+	if f.Egress {
+		at = ebpf.AttachTCXEgress
+	}
+	l, err := link.AttachTCX(link.TCXOptions{Interface: f.Index, Program: p, Attach: at})
+	if err != nil {
+		return nil, fmt.Errorf("attach %s to %s %s: %w", f.Program, f.Link, f.Direction(), err)
+	}
+	return l, nil
+}
+
+func (in *installer) holdHooks() error {
+	for _, h := range in.plan.Hooks {
+		l, err := holdHook(in.dir, h, in.objects.Programs[h.Program])
+		if err != nil {
+			return err
+		}
+		in.did("hook "+h.Attach, l.Close)
+	}
+	return nil
+}
+
+// sweep removes what a killed process left in the slot: filters (where there is no tcx), rules and routes.
+func sweep(slot config.Slot) error {
+	ours, others, err := listFilters()
+	if err != nil {
+		return err
+	}
+	return errors.Join(removeFilters(slot, ours, others), removeRules(slot), removeRoutes(slot))
+}

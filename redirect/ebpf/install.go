@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/route"
+	"golang.org/x/sys/unix"
+)
+
+// Outcome says what an installation did.
+type Outcome struct {
+	Changed  []string // what was not there before; empty: the very capture was there, whole
+	Replaced bool     // an earlier capture of the slot was replaced
+	Left     int      // programs of an earlier, incomplete installation that may not be detached; they capture nothing
+}
+
+// Installation is an installed capture that may still be taken back: it ends with Commit or Rollback.
+type Installation struct {
+	Outcome
+	in  *installer
+	old previous
+}
+
+// Install installs a Persistent plan. Installing what is there already changes nothing; a capture of another policy on
+// the same cgroup is replaced, without a moment uncaptured; a failure leaves the host as it was. The caller holds the
+// redirect.Lock. without takes cures out, for tests.
+func Install(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Installation, error) {
+	hash, err := planHash(plan.Policy, without)
+	if err != nil {
+		return nil, err
+	}
+	old, err := earlier(plan.Policy.Slot, dir)
+	if err != nil {
+		return nil, err
+	}
+	in := &installer{plan: plan, dir: dir}
+	if old.complete() && old.note.Plan == hash && old.hasFilters(plan.Filters) {
+		if err := in.mend(); err != nil {
+			return nil, errors.Join(err, in.rollback())
+		}
+		return &Installation{Outcome: Outcome{Changed: in.changed}, in: in}, nil
+	}
+	if old.captures && !old.detachable {
+		return nil, &config.Fault{
+			Err:  fmt.Errorf("cgroup %s is captured already, by another policy or incompletely, and the programs there may not be detached", dir.Path),
+			Hint: "detaching takes CAP_SYS_ADMIN beside CAP_BPF and CAP_NET_ADMIN; without it only a new cgroup (a new pod) can have another policy",
+			Exit: config.ExitNoPerm,
+		}
+	}
+	makers, err := old.makers()
+	if err != nil {
+		return nil, err
+	}
+	if makers != nil {
+		defer makers.Close()
+	}
+	if in.objects, err = load(plan.Policy, without, makers); err != nil {
+		return nil, err
+	}
+	in.undo = append(in.undo, func() error { in.objects.Close(); return nil })
+	if err := in.replace(old, hash); err != nil {
+		return nil, errors.Join(err, in.rollback())
+	}
+	return &Installation{Outcome: Outcome{Changed: in.changed, Replaced: old.captures}, in: in, old: old}, nil
+}
+
+// Commit makes the installation final: what it replaced goes.
+func (i *Installation) Commit() error {
+	left, err := detachHooks(i.in.dir, i.old.attached)
+	i.Left = left
+	if i.in.objects != nil {
+		i.in.objects.Close()
+	}
+	return err
+}
+
+// Rollback leaves the host as it was before Install.
+func (i *Installation) Rollback() error { return i.in.rollback() }
+
+// previous is what was found of a capture in the slot.
+type previous struct {
+	found      bool
+	note       note
+	filters    []attached
+	missing    []redirect.Hook
+	attached   []uint32 // its programs that are on the cgroup now
+	captures   bool     // the hook that marks is among them
+	detachable bool
+}
+
+func earlier(slot config.Slot, dir *cgroup.Dir) (previous, error) {
+	var p previous
+	held, err := claimed()
+	if err != nil {
+		return p, err
+	}
+	if _, ok := held[slot]; ok {
+		return p, &config.Fault{Err: fmt.Errorf("slot %d is in use by a running `pillion run`", slot), Hint: "give another one with --slot"}
+	}
+	ours, _, err := listFilters()
+	if err != nil {
+		return p, err
+	}
+	for _, f := range ours {
+		if f.Note.Slot == slot {
+			p.filters = append(p.filters, f)
+			p.found, p.note = true, f.Note
+		}
+	}
+	if !p.found {
+		return p, nil
+	}
+	if p.note.CgroupID != dir.ID {
+		if path := cgroup.PathOf(p.note.CgroupID); path != "" {
+			return p, &config.Fault{
+				Err:  fmt.Errorf("slot %d of this network namespace captures another cgroup already: %s", slot, path),
+				Hint: fmt.Sprintf("take it away with `pillion clean --cgroup %s`, or give this one another slot with --slot", path),
+			}
+		}
+		p.missing = hooks // its cgroup is gone, and its programs with it
+		return p, nil
+	}
+	if p.missing, err = missingHooks(dir, p.note); err != nil {
+		return p, err
+	}
+	for i, h := range hooks {
+		if i < len(p.note.Hooks) && !slices.ContainsFunc(p.missing, func(m redirect.Hook) bool { return m.Attach == h.Attach }) {
+			p.attached = append(p.attached, p.note.Hooks[i])
+			p.captures = i == len(hooks)-1
+		}
+	}
+	if p.captures {
+		p.detachable = programName(p.attached[len(p.attached)-1]) != ""
+	}
+	return p, nil
+}
+
+func (p previous) complete() bool { return p.found && len(p.missing) == 0 }
+
+func (p previous) filterAt(f redirect.Filter) (attached, bool) {
+	i := slices.IndexFunc(p.filters, func(a attached) bool { return a.Index == f.Index && a.Egress == f.Egress })
+	if i < 0 {
+		return attached{}, false
+	}
+	return p.filters[i], true
+}
+
+func (p previous) hasFilters(want []redirect.Filter) bool {
+	return !slices.ContainsFunc(want, func(f redirect.Filter) bool { _, ok := p.filterAt(f); return !ok })
+}
+
+// makers is the map of the replaced capture that says who made which socket: listeners of the app must stay known. nil
+// where nothing is replaced.
+func (p previous) makers() (*ebpf.Map, error) {
+	if !p.captures {
+		return nil, nil
+	}
+	return mapOf(p.attached[len(p.attached)-1], bpf.CaptureMapMakers)
+}
+
+// installer carries one installation: every change that succeeds leaves its undoing.
+type installer struct {
+	plan    redirect.Plan
+	dir     *cgroup.Dir
+	objects *ebpf.Collection
+	changed []string
+	undo    []func() error
+}
+
+func (in *installer) did(what string, undo func() error) {
+	in.changed = append(in.changed, what)
+	in.undo = append(in.undo, undo)
+}
+
+// rollback undoes everything, last first. It goes on after an error and reports them all.
+func (in *installer) rollback() error {
+	var errs []error
+	for _, undo := range slices.Backward(in.undo) {
+		if err := undo(); err != nil {
+			errs = append(errs, fmt.Errorf("undo: %w", err))
+		}
+	}
+	in.undo = nil
+	return errors.Join(errs...)
+}
+
+// mend adds what is missing of a capture whose programs are all in place.
+func (in *installer) mend() error {
+	return errors.Join(in.sysctls(nil), in.routes(), in.rules())
+}
+
+// replace installs everything, filters first: they carry the note of what was there before.
+func (in *installer) replace(old previous, hash string) error {
+	found, err := foundSysctls()
+	if err != nil {
+		return err
+	}
+	n := note{
+		Slot: in.plan.Policy.Slot, Plan: hash, CgroupID: in.dir.ID, Sysctls: found, Ports: in.plan.Policy.Listeners,
+		Down: [2]config.FailureMode{in.plan.Policy.OnProxyDown, in.plan.Policy.OnProxyDownInbound},
+	}
+	for _, h := range hooks {
+		id, err := programID(in.objects.Programs[h.Program])
+		if err != nil {
+			return err
+		}
+		n.Hooks = append(n.Hooks, id)
+	}
+	for _, step := range []func() error{
+		func() error { return in.filters(n, old) },
+		func() error { return in.sysctls(found) },
+		in.routes,
+		in.rules,
+		in.hooks,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func programID(p *ebpf.Program) (uint32, error) {
+	info, err := p.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read the id of a program: %w", err)
+	}
+	id, _ := info.ID()
+	return uint32(id), nil
+}
+
+func (in *installer) filters(n note, old previous) error {
+	ours, _, err := listFilters()
+	if err != nil {
+		return err
+	}
+	for _, f := range in.plan.Filters {
+		added, err := addClsact(f.Index, f.Link)
+		if errors.Is(err, unix.ENODEV) {
+			continue // the interface vanished since the plan was made
+		}
+		if err != nil {
+			return err
+		}
+		if added {
+			in.undo = append(in.undo, func() error { return delClsact(f.Index) })
+		}
+		// Two sides and several slots share the qdisc: that it is ours to remove is in every note on the interface.
+		n.Clsact = added || slices.ContainsFunc(ours, func(a attached) bool { return a.Index == f.Index && a.Note.Clsact }) || n.Clsact && f.Egress
+		if err := putFilter(n.Slot, f, in.objects.Programs[f.Program].FD(), n); err != nil {
+			return err
+		}
+		in.did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
+			if was, ok := old.filterAt(f); ok {
+				return putBack(f, was)
+			}
+			return delFilter(n.Slot, f.Index, f.Egress)
+		})
+	}
+	return nil
+}
+
+// putBack restores a filter that was replaced.
+func putBack(f redirect.Filter, was attached) error {
+	p, err := ebpf.NewProgramFromID(ebpf.ProgramID(was.Program))
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOENT) {
+		return delFilter(was.Note.Slot, f.Index, f.Egress) // of an incomplete installation: it captured nothing
+	}
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	return putFilter(was.Note.Slot, f, p.FD(), was.Note)
+}
+
+func (in *installer) sysctls(found []string) error {
+	for _, s := range in.plan.Sysctls {
+		changed, err := setSysctl(s)
+		if err != nil {
+			return err
+		}
+		if changed {
+			in.did("sysctl "+s.Name, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
+		}
+	}
+	return nil
+}
+
+func (in *installer) routes() error {
+	for _, r := range in.plan.Routes {
+		n := netRoute(r)
+		added, err := route.AddRoute(n)
+		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) {
+			continue // the interface went away since the plan was made
+		}
+		if err != nil {
+			return routeFault(err)
+		}
+		if added {
+			in.did(fmt.Sprintf("IPv%d route of table %d dev %s", r.Family, r.Table, r.Link), func() error { return route.DelRoute(n) })
+		}
+	}
+	return nil
+}
+
+func (in *installer) rules() error {
+	for _, r := range in.plan.Rules {
+		n := netRule(r)
+		added, err := route.AddRule(n)
+		if err != nil {
+			return routeFault(err)
+		}
+		if added {
+			in.did(fmt.Sprintf("IPv%d rule %d", r.Family, r.Priority), func() error { return route.DelRule(n) })
+		}
+	}
+	return nil
+}
+
+func (in *installer) hooks() error {
+	for _, h := range in.plan.Hooks {
+		p := in.objects.Programs[h.Program]
+		if err := attachHook(in.dir, h, p); err != nil {
+			return err
+		}
+		in.did("hook "+h.Attach, func() error { return detachOwn(in.dir, h, p) })
+	}
+	return nil
+}
+
+func routeFault(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return &config.Fault{Err: err, Hint: "it takes CAP_NET_ADMIN in the network namespace", Exit: config.ExitNoPerm}
+	}
+	return err
+}
+
+func family(f redirect.Family) int {
+	if f == redirect.IPv6 {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
+}
+
+func netRoute(r redirect.Route) route.Route {
+	return route.Route{Family: family(r.Family), Table: r.Table, Index: r.Index, Metric: r.Metric}
+}
+
+func netRule(r redirect.Rule) route.Rule {
+	return route.Rule{Family: family(r.Family), Priority: r.Priority, Mark: r.Mark, Mask: r.Mask, Table: r.Table}
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/rlimit"
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"golang.org/x/sys/unix"
+)
+
+// load brings the capture's programs into the kernel, with the policy as their constants. makers, if not nil, takes the
+// place of the map that says who made which socket. The caller closes the collection.
+func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*ebpf.Collection, error) {
+	spec, err := bpf.LoadCapture()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	if err := spec.Variables[bpf.CaptureVarCfg].Set(settings(policy, without)); err != nil {
+		return nil, fmt.Errorf("set the BPF constants: %w", err)
+	}
+	// Before 5.11 maps and programs count against this limit. Raising it takes CAP_SYS_RESOURCE, and most kernels need
+	// none of it: the load itself tells.
+	_ = rlimit.RemoveMemlock()
+	var options ebpf.CollectionOptions
+	if makers != nil {
+		options.MapReplacements = map[string]*ebpf.Map{bpf.CaptureMapMakers: makers}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, options)
+	if err != nil {
+		return nil, loadFault(err)
+	}
+	return c, nil
+}
+
+func settings(p config.Capture, without bpf.CaptureCure) bpf.CaptureSettings {
+	return bpf.CaptureSettings{
+		Shift:       p.Slot.Shift(),
+		ModeOut:     bpf.CaptureFailureMode(p.OnProxyDown),
+		ModeIn:      bpf.CaptureFailureMode(p.OnProxyDownInbound),
+		ProxyUid:    p.ProxyUID,
+		PortOut:     uint32(p.Listeners.Outbound),
+		PortIn:      uint32(p.Listeners.Inbound),
+		PortInOwn:   uint32(p.Listeners.InboundOwn),
+		DialInFirst: uint32(p.DialInbound.First),
+		DialInLast:  uint32(p.DialInbound.Last),
+		Without:     without,
+	}
+}
+
+func loadFault(err error) error {
+	f := &config.Fault{Err: fmt.Errorf("load the BPF programs: %w", err), Exit: config.ExitUnavailable}
+	var refused *ebpf.VerifierError
+	switch {
+	case errors.As(err, &refused):
+		f.Hint = "this kernel's verifier refuses the object; Linux 5.10 or newer is needed. With --log-level debug the verifier's log is printed"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		f.Exit = config.ExitNoPerm
+		f.Hint = "it takes CAP_BPF and CAP_NET_ADMIN (root has both; in a pod, securityContext.capabilities.add), a seccomp profile that allows bpf(2), and before Linux 5.11 a sufficient RLIMIT_MEMLOCK (128 KiB)"
+	case errors.Is(err, unix.ENOSYS):
+		f.Hint = "this kernel was built without bpf(2) (CONFIG_BPF_SYSCALL)"
+	}
+	return f
+}
+
+// counterNames are the names of the verdicts in the order of their index, as the object itself has them.
+func counterNames() ([]string, error) {
+	spec, err := bpf.LoadCapture()
+	if err != nil {
+		return nil, err
+	}
+	var enum *btf.Enum
+	if err := spec.Types.TypeByName("counter", &enum); err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, v := range enum.Values {
+		if v.Name != "COUNT_MAX" {
+			names = append(names, strings.ToLower(strings.TrimPrefix(v.Name, "COUNT_")))
+		}
+	}
+	return names, nil
+}
+
+// readCounters sums each verdict over the CPUs.
+func readCounters(m *ebpf.Map) (map[string]uint64, error) {
+	names, err := counterNames()
+	if err != nil {
+		return nil, err
+	}
+	counts := make(map[string]uint64, len(names))
+	for i, name := range names {
+		var perCPU []uint64
+		if err := m.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			counts[name] += n
+		}
+	}
+	return counts, nil
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package ebpf is the backend that captures by BPF: cgroup hooks mark the app's sockets, rules and routes bring marked
+// packets to lo, and tc filters give them to the proxy's listeners.
+//
+// What always holds: capture begins with the last hook (the one that marks) and ends with its removal, so that a half
+// installed or half removed state captures nothing; nothing is pinned; and what was on the host before is either in
+// memory (Held) or in the names of our own tc filters (Persistent), where Remove finds it.
+package ebpf
+
+import (
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+)
+
+// Name of the backend.
+const Name = "ebpf"
+
+// hooks in the order of attaching. The last one marks connections: until it is there, the others change nothing.
+var hooks = []redirect.Hook{
+	{Attach: "sock_create", Program: bpf.CaptureProgPlnSockCreate, Why: "whose socket is it: the app's or the proxy's"},
+	{Attach: "post_bind4", Program: bpf.CaptureProgPlnPostBind4, Why: "the same, for listeners that the kernel makes (MPTCP)"},
+	{Attach: "post_bind6", Program: bpf.CaptureProgPlnPostBind6, Why: "the same, IPv6"},
+	{Attach: "connect4", Program: bpf.CaptureProgPlnConnect4, Why: "clear a stale mark, look for the proxy"},
+	{Attach: "connect6", Program: bpf.CaptureProgPlnConnect6, Why: "the same, IPv6 and IPv4-mapped"},
+	{Attach: "sock_ops", Program: bpf.CaptureProgPlnSockops, Why: "mark the connection, after its source is chosen"},
+}
+
+var sysctls = []redirect.Sysctl{
+	{Name: "net.ipv4.tcp_fwmark_accept", Why: "accepted sockets take the mark of their SYN (both families)"},
+	{Name: "net.ipv4.fwmark_reflect", Why: "resets take the mark of what they answer"},
+	{Name: "net.ipv6.fwmark_reflect", Why: "the same, IPv6"},
+}
+
+// Metrics of the routes in the capture table. Unbound sockets take the lowest: lo.
+const (
+	metricLoopback = 1
+	metricDevice   = 1024 // plus the interface index
+)
+
+// Plan says what this backend does for a policy on a host.
+func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime) redirect.Plan {
+	p := redirect.Plan{Backend: Name, Lifetime: lifetime, Policy: policy, CgroupID: host.CgroupID, Hooks: hooks}
+	for _, i := range host.Interfaces {
+		p.Filters = append(p.Filters, filters(i)...)
+	}
+	for _, s := range sysctls {
+		if host.IPv6 || s.Name != "net.ipv6.fwmark_reflect" {
+			p.Sysctls = append(p.Sysctls, s)
+		}
+	}
+	families := []redirect.Family{redirect.IPv4}
+	if host.IPv6 {
+		families = append(families, redirect.IPv6)
+	}
+	for _, f := range families {
+		p.Routes = append(p.Routes, routes(policy.Slot, f, host.Interfaces)...)
+	}
+	for _, f := range families {
+		p.Rules = append(p.Rules, rules(policy.Slot, f)...)
+	}
+	return p
+}
+
+func filters(i redirect.Interface) []redirect.Filter {
+	if i.Loopback {
+		return []redirect.Filter{{Link: i.Name, Index: i.Index, Program: bpf.CaptureProgPlnLo, Why: "the app's packets to the proxy, and back"}}
+	}
+	in := redirect.Filter{Link: i.Name, Index: i.Index, Program: bpf.CaptureProgPlnIn, Why: "connections for the app's listeners to the proxy"}
+	if !i.Ethernet {
+		in.Program = bpf.CaptureProgPlnInL3
+	}
+	return []redirect.Filter{in, {Link: i.Name, Index: i.Index, Egress: true, Program: bpf.CaptureProgPlnOut, Why: "what is marked never leaves"}}
+}
+
+func routes(slot config.Slot, family redirect.Family, interfaces []redirect.Interface) []redirect.Route {
+	var rs []redirect.Route
+	for _, i := range interfaces {
+		if !i.Up || family == redirect.IPv6 && !i.IPv6 {
+			continue
+		}
+		r := redirect.Route{Family: family, Table: slot.TableCapture(), Link: i.Name, Index: i.Index, Metric: metricDevice + i.Index, Why: "the same for sockets bound to " + i.Name}
+		if i.Loopback {
+			r.Metric, r.Why = metricLoopback, "marked packets are delivered on this host"
+		}
+		rs = append(rs, r)
+	}
+	return append(rs, redirect.Route{Family: family, Table: slot.TableClosed(), Metric: 1, Why: "policy closed: the connection fails at once"})
+}
+
+func rules(slot config.Slot, family redirect.Family) []redirect.Rule {
+	mask := slot.Mask()
+	dials := slot.Mark(6) // the two bits in which RoleDial and RoleDialReply agree
+	rules := []redirect.Rule{
+		{Mark: slot.Mark(config.RoleOut), Mask: mask, Table: slot.TableCapture(), Why: "the app's connections"},
+		{Mark: slot.Mark(config.RoleDial), Mask: dials, Table: slot.TableCapture(), Why: "the proxy's dials in a client's name, and the answers"},
+		{Mark: slot.Mark(config.RoleClosed), Mask: mask, Table: slot.TableClosed(), Why: "refused by policy"},
+		{Mark: slot.Mark(config.RoleClosedBound), Mask: mask, Table: slot.TableCapture(), Why: "refused by policy, bound to a device: reset on lo"},
+		{Mark: slot.Mark(config.RoleOut), Mask: mask, Why: "guard: should the route be gone"},
+		{Mark: slot.Mark(config.RoleClosed), Mask: mask, Why: "guard"},
+		{Mark: slot.Mark(config.RoleClosedBound), Mask: mask, Why: "guard"},
+	}
+	for i := range rules {
+		rules[i].Family, rules[i].Priority = family, slot.RulePriority()+i
+	}
+	return rules
+}

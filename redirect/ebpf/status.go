@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/pillionproxy/pillion/bpf"
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/route"
+)
+
+// Inspect reports every capture of this network namespace, by slot. It changes nothing and needs no capability, but for
+// the counters (CAP_SYS_ADMIN) and the hooks (CAP_NET_ADMIN).
+func Inspect() ([]redirect.Report, error) {
+	ours, _, err := listFilters()
+	if err != nil {
+		return nil, err
+	}
+	held, err := claimed()
+	if err != nil {
+		return nil, err
+	}
+	host, err := redirect.ReadHost(0)
+	if err != nil {
+		return nil, err
+	}
+	var reports []redirect.Report
+	for slot := config.Slot(0); slot < config.Slots; slot++ {
+		var mine []attached
+		for _, f := range ours {
+			if f.Note.Slot == slot {
+				mine = append(mine, f)
+			}
+		}
+		_, isHeld := held[slot]
+		if !isHeld && len(mine) == 0 {
+			continue
+		}
+		r, err := inspect(slot, mine, isHeld, host)
+		if err != nil {
+			return nil, err
+		}
+		reports = append(reports, r)
+	}
+	return reports, nil
+}
+
+func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (redirect.Report, error) {
+	r := redirect.Report{Backend: Name, Slot: slot}
+	plan := Plan(config.Capture{Shared: config.Shared{Slot: slot}}, host, redirect.Persistent)
+	if held {
+		r.Items = append(r.Items, redirect.Item{Kind: "process", Name: "pillion run", State: redirect.StateOK, Detail: "holds the hooks and filters"})
+	} else {
+		n := mine[0].Note
+		r.CgroupID, r.Cgroup = n.CgroupID, cgroup.PathOf(n.CgroupID)
+		r.Items = append(r.Items, inspectHooks(r, n)...)
+		r.Items = append(r.Items, inspectFilters(plan.Filters, mine)...)
+		r.Items = append(r.Items, inspectProxy(n)...)
+		if m, err := mapOf(mine[0].Program, bpf.CaptureMapCounters); err == nil {
+			r.Counters, _ = readCounters(m)
+			m.Close()
+		}
+	}
+	for _, inspect := range []func(redirect.Plan) ([]redirect.Item, error){inspectSysctls, inspectRoutes, inspectRules} {
+		items, err := inspect(plan)
+		if err != nil {
+			return r, err
+		}
+		r.Items = append(r.Items, items...)
+	}
+	return r, nil
+}
+
+func inspectHooks(r redirect.Report, n note) []redirect.Item {
+	var dir *cgroup.Dir
+	err := fmt.Errorf("no directory with the id %d is mounted", n.CgroupID)
+	if r.Cgroup != "" {
+		dir, err = cgroup.Open(r.Cgroup)
+	}
+	if err == nil {
+		defer dir.Close()
+	}
+	var items []redirect.Item
+	for i, h := range hooks {
+		item := redirect.Item{Kind: "hook", Name: h.Attach, State: redirect.StateOK, Detail: h.Why}
+		switch {
+		case err != nil:
+			item.State, item.Detail = redirect.StateMissing, err.Error()
+		default:
+			ids, qerr := queryHooks(dir, h)
+			switch {
+			case qerr != nil:
+				item.State, item.Detail = redirect.StateUnknown, qerr.Error()
+			case i >= len(n.Hooks) || !slices.Contains(ids, n.Hooks[i]):
+				item.State, item.Detail = redirect.StateMissing, "detached: connections pass uncaptured; run `pillion init` again"
+			}
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+func inspectFilters(want []redirect.Filter, mine []attached) []redirect.Item {
+	var items []redirect.Item
+	have := previous{filters: mine}
+	for _, f := range want {
+		item := redirect.Item{Kind: "filter", Name: f.Link + " " + f.Direction(), State: redirect.StateOK, Detail: f.Why}
+		if _, ok := have.filterAt(f); !ok {
+			item.State, item.Detail = redirect.StateMissing, "this interface is not captured; run `pillion init` again"
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+func inspectSysctls(p redirect.Plan) ([]redirect.Item, error) {
+	now := readSysctls()
+	var items []redirect.Item
+	for _, s := range p.Sysctls {
+		item := redirect.Item{Kind: "sysctl", Name: s.Name, State: redirect.StateOK, Detail: s.Why}
+		if i := slices.IndexFunc(sysctls, func(o redirect.Sysctl) bool { return o.Name == s.Name }); now[i] != "1" {
+			item.State, item.Detail = redirect.StateWrong, fmt.Sprintf("reads %q, must be 1", now[i])
+		}
+		items = append(items, item)
+	}
+	return items, nil
+}
+
+func inspectRoutes(p redirect.Plan) ([]redirect.Item, error) {
+	var items []redirect.Item
+	for _, r := range p.Routes {
+		have, err := route.Routes(family(r.Family), r.Table)
+		if err != nil {
+			return nil, err
+		}
+		item := redirect.Item{Kind: "route", Name: fmt.Sprintf("IPv%d table %d %s", r.Family, r.Table, r.Link), State: redirect.StateOK, Detail: r.Why}
+		if !slices.Contains(have, netRoute(r)) {
+			item.State, item.Detail = redirect.StateMissing, "run `pillion init` again"
+		}
+		items = append(items, item)
+	}
+	return items, nil
+}
+
+func inspectRules(p redirect.Plan) ([]redirect.Item, error) {
+	var items []redirect.Item
+	for _, r := range p.Rules {
+		have, err := route.Rules(family(r.Family), r.Priority, r.Priority)
+		if err != nil {
+			return nil, err
+		}
+		item := redirect.Item{Kind: "rule", Name: fmt.Sprintf("IPv%d %d", r.Family, r.Priority), State: redirect.StateOK, Detail: r.Why}
+		if !slices.Contains(have, netRule(r)) {
+			item.State, item.Detail = redirect.StateMissing, "run `pillion init` again"
+		}
+		items = append(items, item)
+	}
+	return items, nil
+}
+
+func inspectProxy(n note) []redirect.Item {
+	listening := listeners()
+	down := []string{"new connections are " + downMeans[n.Down[0]], "new connections are " + downMeans[n.Down[1]]}
+	var items []redirect.Item
+	for i, p := range []struct {
+		name string
+		port uint16
+	}{{"outbound", n.Ports.Outbound}, {"inbound", n.Ports.Inbound}} {
+		item := redirect.Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: redirect.StateOK, Detail: "listens"}
+		if !listening[p.port] {
+			item.State, item.Detail = redirect.StateMissing, "does not listen: "+down[i]
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+var downMeans = map[config.FailureMode]string{
+	config.Hold: "held until it does", config.Open: "let through uncaptured", config.Closed: "refused",
+}
+
+// listeners are the ports of IPv4 loopback on which something listens.
+func listeners() map[uint16]bool {
+	ports := make(map[uint16]bool)
+	f, err := os.Open("/proc/thread-self/net/tcp")
+	if err != nil {
+		return ports
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		fields := strings.Fields(lines.Text()) // sl local_address rem_address st ...  (Documentation/networking/proc_net_tcp.rst)
+		if len(fields) < 4 || fields[3] != "0A" {
+			continue
+		}
+		var port uint16
+		if hex, ok := strings.CutPrefix(fields[1], "0100007F:"); ok {
+			if _, err := fmt.Sscanf(hex, "%X", &port); err == nil {
+				ports[port] = true
+			}
+		}
+	}
+	return ports
+}

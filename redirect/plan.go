@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package redirect says what is captured and how: a policy and the facts of a host become a Plan, and a backend below
+// this package (redirect/ebpf) installs, verifies, reports and removes it.
+//
+// What always holds: a Plan is pure data, made without looking at or touching the host, and the same for the same input;
+// everything that a backend does to a host stands in the Plan; and whoever changes the capture of a network namespace
+// holds its Lock.
+package redirect
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/pillionproxy/pillion/config"
+)
+
+// Host is what a Plan depends on beside the policy.
+type Host struct {
+	Interfaces []Interface
+	IPv6       bool   // the kernel speaks IPv6 at all
+	CgroupID   uint64 // of the captured cgroup: its inode number
+}
+
+// Interface is one network interface.
+type Interface struct {
+	Index    int
+	Name     string
+	Loopback bool
+	Up       bool
+	Ethernet bool // packets start with an Ethernet header
+	IPv6     bool // not switched off by disable_ipv6
+}
+
+// Lifetime says who keeps a capture.
+type Lifetime string
+
+// The lifetimes.
+const (
+	Persistent Lifetime = "persistent" // stays when the installer exits; ends with the cgroup and the namespace, or by Remove
+	Held       Lifetime = "held"       // ends with the installing process, even by SIGKILL
+)
+
+// Family is an IP version.
+type Family int
+
+// The families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+// Plan is everything that a backend changes on the host, in the order of installation: the capture begins with the last
+// hook. Removal takes the hooks away first.
+type Plan struct {
+	Backend  string         `json:"backend"`
+	Lifetime Lifetime       `json:"lifetime"`
+	Policy   config.Capture `json:"policy"`
+	CgroupID uint64         `json:"cgroup_id"`
+	Filters  []Filter       `json:"filters"`
+	Sysctls  []Sysctl       `json:"sysctls"`
+	Routes   []Route        `json:"routes"`
+	Rules    []Rule         `json:"rules"`
+	Hooks    []Hook         `json:"hooks"`
+}
+
+// Filter is a tc program on one side of an interface.
+type Filter struct {
+	Link    string `json:"link"`
+	Index   int    `json:"index"`
+	Egress  bool   `json:"egress"`
+	Program string `json:"program"`
+	Why     string `json:"why"`
+}
+
+// Direction is "ingress" or "egress".
+func (f Filter) Direction() string {
+	if f.Egress {
+		return "egress"
+	}
+	return "ingress"
+}
+
+// Sysctl is a kernel parameter of the network namespace that must read 1.
+type Sysctl struct {
+	Name string `json:"name"` // with dots
+	Why  string `json:"why"`
+}
+
+// Path is its file.
+func (s Sysctl) Path() string { return "/proc/sys/" + strings.ReplaceAll(s.Name, ".", "/") }
+
+// Route is a default route in a table of ours: local through a link, or unreachable where Link is empty.
+type Route struct {
+	Family Family `json:"family"`
+	Table  int    `json:"table"`
+	Link   string `json:"link,omitempty"`
+	Index  int    `json:"index,omitempty"`
+	Metric int    `json:"metric"`
+	Why    string `json:"why"`
+}
+
+// Rule sends packets with a mark to a table, or refuses them as unreachable where Table is 0.
+type Rule struct {
+	Family   Family `json:"family"`
+	Priority int    `json:"priority"`
+	Mark     uint32 `json:"mark"`
+	Mask     uint32 `json:"mask"`
+	Table    int    `json:"table,omitempty"`
+	Why      string `json:"why"`
+}
+
+// Hook is a program on the captured cgroup.
+type Hook struct {
+	Attach  string `json:"attach"` // as the kernel's tools name it
+	Program string `json:"program"`
+	Why     string `json:"why"`
+}
+
+// WriteText prints the plan as the commands that would do the same, each with its reason.
+func (p Plan) WriteText(w io.Writer) error {
+	var b strings.Builder
+	step := func(why, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-74s # %s\n", fmt.Sprintf(format, args...), why)
+	}
+	fmt.Fprintf(&b, "backend %s, %s, slot %s, cgroup %s\n", p.Backend, p.Lifetime, p.Policy.Slot, p.Policy.Cgroup)
+	fmt.Fprintf(&b, "no proxy: outbound %s, inbound %s\n", p.Policy.OnProxyDown, p.Policy.OnProxyDownInbound)
+	b.WriteString("filters\n")
+	for _, f := range p.Filters {
+		step(f.Why, "tc filter replace dev %s %s pref %d bpf da %s", f.Link, f.Direction(), p.Policy.Slot.FilterPriority(), f.Program)
+	}
+	b.WriteString("sysctls\n")
+	for _, s := range p.Sysctls {
+		step(s.Why, "sysctl -w %s=1", s.Name)
+	}
+	b.WriteString("routes\n")
+	for _, r := range p.Routes {
+		what := "unreachable default"
+		if r.Link != "" {
+			what = "local default dev " + r.Link
+		}
+		step(r.Why, "ip -%d route replace %s table %d metric %d", r.Family, what, r.Table, r.Metric)
+	}
+	b.WriteString("rules\n")
+	for _, r := range p.Rules {
+		action := "unreachable"
+		if r.Table != 0 {
+			action = fmt.Sprintf("lookup %d", r.Table)
+		}
+		step(r.Why, "ip -%d rule add pref %d fwmark %#x/%#x %s", r.Family, r.Priority, r.Mark, r.Mask, action)
+	}
+	b.WriteString("hooks\n")
+	for _, h := range p.Hooks {
+		step(h.Why, "bpftool cgroup attach %s %s %s multi", p.Policy.Cgroup, h.Attach, h.Program)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

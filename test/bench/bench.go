@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/pillionproxy/pillion/config"
+)
+
+// bench is one run.
+type bench struct {
+	pillion     string
+	rounds      int
+	connections int
+	parallel    int
+	subjects    []string // those of subjects that are measured
+}
+
+// subjects are compared in this order; the first and the second are what the others are divided by.
+var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion"}
+
+var families = []string{"IPv4", "IPv6"}
+
+// key is one line of the tables.
+type key struct{ subject, family string }
+
+// result is what one round says about a key.
+type result struct {
+	one  sample  // one connection at a time
+	many sample  // several at a time
+	cpu  float64 // microseconds of the sidecar's CPU time for each connection of `many`; 0 without a sidecar
+}
+
+// results has one entry for each round.
+type results map[key][]result
+
+func (b bench) measure(ctx context.Context) (_ results, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("network namespaces and BPF need root: sudo make bench")
+	}
+	perFamily := 2 * b.connections * (b.rounds + 1)
+	if most := config.DialOutbound.Len(); perFamily > most {
+		return nil, fmt.Errorf("%d connections to one destination: at most %d, so that no port of a sidecar is used twice", perFamily, most)
+	}
+	l, err := newLab(ctx, b.pillion)
+	defer func() { err = errors.Join(err, l.close()) }()
+	if err != nil {
+		return nil, err
+	}
+	for _, subject := range b.subjects {
+		if err := l.prepare(ctx, subject); err != nil {
+			return nil, fmt.Errorf("prepare %s: %w", subject, err)
+		}
+	}
+	all := results{}
+	for round := range b.rounds + 1 {
+		for i := range b.subjects {
+			subject := b.subjects[(i+round)%len(b.subjects)] // nobody is always the first
+			for _, family := range families {
+				r, err := b.round(ctx, l.hosts[subject], family)
+				if err != nil {
+					return nil, fmt.Errorf("%s, %s: %w", subject, family, err)
+				}
+				if k := (key{subject, family}); round > 0 { // the first one warms up
+					all[k] = append(all[k], r)
+				}
+			}
+		}
+		fmt.Fprintf(os.Stderr, "round %d of %d done\n", round, b.rounds)
+	}
+	return all, nil
+}
+
+func (b bench) round(ctx context.Context, h *host, family string) (r result, err error) {
+	if r.one, err = h.client(ctx, family, b.connections, 1); err != nil {
+		return r, err
+	}
+	before, err := h.cpu()
+	if err != nil {
+		return r, err
+	}
+	if r.many, err = h.client(ctx, family, b.connections, b.parallel); err != nil {
+		return r, err
+	}
+	time.Sleep(50 * time.Millisecond) // the sidecar's share of the last closes
+	after, err := h.cpu()
+	if err != nil {
+		return r, err
+	}
+	r.cpu = float64((after-before)/time.Nanosecond) / 1e3 / float64(b.connections)
+	return r, nil
+}
+
+// client runs the client in the app's cgroup and namespace.
+func (h *host) client(ctx context.Context, family string, connections, parallel int) (s sample, err error) {
+	cmd := h.command(ctx, "app", h.lab.self, "client", "-target", fmt.Sprintf("%s:%d", h.server[family], serverPort),
+		"-connections", strconv.Itoa(connections), "-parallel", strconv.Itoa(parallel),
+		"-carried="+strconv.FormatBool(h.sidecar != nil))
+	out, err := cmd.Output()
+	if err != nil {
+		return s, explained(err)
+	}
+	return s, json.Unmarshal(out, &s)
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime/debug"
+	"testing"
+
+	"github.com/pillionproxy/pillion/test/testnet"
+)
+
+// pillionPath is the program under test. Written by TestMain alone.
+var pillionPath string
+
+func TestMain(m *testing.M) {
+	forkedChild()
+	serveAsChild()
+	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp)
+	os.Exit(buildAndRun(m))
+}
+
+func buildAndRun(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "pillion-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil { // the proxy's user must reach the program
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	pillionPath = filepath.Join(dir, "pillion")
+	args := []string{"build", "-o", pillionPath}
+	if underRace() || os.Getenv("PILLION_E2E_RACE") == "1" {
+		args = append(args, "-race")
+	}
+	build := exec.Command("go", append(args, "github.com/pillionproxy/pillion/cmd/pillion")...)
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintf(os.Stderr, "%v: %v\n", build.Args, err)
+		return 1
+	}
+	return testnet.Main(m)
+}
+
+// underRace reports whether the tests themselves were built with -race.
+func underRace() bool {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return false
+	}
+	for _, s := range info.Settings {
+		if s.Key == "-race" {
+			return s.Value == "true"
+		}
+	}
+	return false
+}
