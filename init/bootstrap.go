@@ -17,7 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
@@ -26,10 +25,10 @@ import (
 
 // Options of an installation.
 type Options struct {
-	Policy  config.Capture
-	Verify  bool            // prove the capture before it is final
-	Without bpf.CaptureCure // cures taken out, for tests
-	Log     *slog.Logger
+	ebpf.Options
+	Policy config.Capture
+	Verify bool // prove the capture before it is final
+	Log    *slog.Logger
 }
 
 // Result is what was done.
@@ -39,7 +38,6 @@ type Result struct {
 	FoundBy  string           `json:"found_by"` // how the cgroup was found
 	Changed  []string         `json:"changed"`
 	Replaced bool             `json:"replaced"`
-	Left     int              `json:"left"` // programs of an earlier capture that could not be detached
 	Checks   []redirect.Check `json:"checks,omitempty"`
 	Took     time.Duration    `json:"took"`
 }
@@ -111,7 +109,7 @@ func Init(ctx context.Context, o Options) (Result, error) {
 	if r.Plan, err = planFor(o.Policy, t.Dir, redirect.Persistent); err != nil {
 		return r, err
 	}
-	installed, err := ebpf.Install(r.Plan, t.Dir, o.Without)
+	installed, err := ebpf.Install(r.Plan, t.Dir, o.Options)
 	if err != nil {
 		return r, err
 	}
@@ -122,7 +120,7 @@ func Init(ctx context.Context, o Options) (Result, error) {
 		}
 	}
 	err = installed.Commit()
-	r.Left, r.Took = installed.Left, time.Since(start)
+	r.Took = time.Since(start)
 	return r, err
 }
 
@@ -180,25 +178,25 @@ func (h *Held) Counters() (map[string]uint64, error) { return h.capture.Counters
 func (h *Held) Close() error { return h.capture.Close() }
 
 // Clean takes away every capture of the cgroup in this network namespace.
-func Clean(ctx context.Context, path string) (ebpf.Removal, error) {
+func Clean(ctx context.Context, path string) error {
 	t, err := findTarget(path)
 	if err != nil {
-		return ebpf.Removal{}, err
+		return err
 	}
 	defer t.Close()
 	release, err := redirect.Lock(ctx)
 	if err != nil {
-		return ebpf.Removal{}, err
+		return err
 	}
 	defer release()
-	r, err := ebpf.Remove(t.Dir)
+	_, err = ebpf.Remove(t.Dir)
 	if errors.Is(err, ebpf.ErrNotInstalled) {
-		return r, &config.Fault{
+		return &config.Fault{
 			Err:  fmt.Errorf("cgroup %s: %w", t.Path, err),
 			Hint: "`pillion status` shows every capture of this network namespace; enter the namespace of the pod or command first (nsenter --net)",
 		}
 	}
-	return r, err
+	return err
 }
 
 // Verify proves the capture of a cgroup by real connections.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/spf13/cobra"
 )
@@ -20,7 +19,7 @@ func newCleanCommand(e *env) *cobra.Command {
 rules, routes, filters, qdiscs and kernel parameters. New connections pass directly from then on.
 
 It needs CAP_NET_ADMIN, CAP_BPF, and CAP_SYS_ADMIN to detach programs that another process attached; without the last one
-they stay until the cgroup ends, and clean fails.`,
+clean refuses and changes nothing: they end with their cgroup.`,
 		Example: `  pillion clean --cgroup /sys/fs/cgroup/system.slice/shop.service`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -29,18 +28,10 @@ they stay until the cgroup ends, and clean fails.`,
 			}
 			ctx, stop := interruptible(cmd.Context(), time.Minute)
 			defer stop()
-			r, err := bootstrap.Clean(ctx, cgroup)
-			if err != nil {
+			if err := bootstrap.Clean(ctx, cgroup); err != nil {
 				return err
 			}
-			if r.Left > 0 {
-				return &config.Fault{
-					Err:  fmt.Errorf("%d programs are still attached to the cgroup: they may not be detached", r.Left),
-					Hint: "run clean with CAP_SYS_ADMIN; or they end with their cgroup",
-					Exit: config.ExitNoPerm,
-				}
-			}
-			_, err = fmt.Fprintln(e.stdout, "removed; everything is as it was")
+			_, err := fmt.Fprintln(e.stdout, "removed; everything is as it was")
 			return err
 		},
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/ebpf"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -17,7 +18,7 @@ import (
 func newInitCommand(e *env) *cobra.Command {
 	policy := config.DefaultCapture()
 	output := newOutputFlag("text")
-	var dryRun, noVerify bool
+	var dryRun, noVerify, ignoreOpen bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "init",
@@ -46,7 +47,8 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 			ctx, stop := interruptible(cmd.Context(), timeout)
 			defer stop()
 			r, err := bootstrap.Init(ctx, bootstrap.Options{
-				Policy: policy, Verify: !noVerify, Without: without(e), Log: newLogger(e.stderr, "auto", 0),
+				Options: ebpf.Options{Without: without(e), IgnoreOpenListeners: ignoreOpen},
+				Policy:  policy, Verify: !noVerify, Log: newLogger(e.stderr, "auto", 0),
 			})
 			if err != nil {
 				return err
@@ -61,6 +63,7 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 	captureFlags(f, &policy)
 	f.BoolVar(&dryRun, "dry-run", false, "print what would be done, and do nothing")
 	f.BoolVar(&noVerify, "no-verify", false, "do not prove the capture by connections")
+	f.BoolVar(&ignoreOpen, "ignore-open-listeners", false, "leave listeners uncaptured that are open already and cannot be taken over")
 	f.DurationVar(&timeout, "timeout", time.Minute, "how long all of it may take")
 	f.VarP(output, "output", "o", "what to print")
 	return cmd
@@ -103,9 +106,6 @@ func printInit(w io.Writer, r bootstrap.Result) error {
 	p := r.Plan.Policy
 	fmt.Fprintf(w, "%s %s (found by %s) in %s\n", what, r.Cgroup, r.FoundBy, r.Took.Round(time.Millisecond))
 	fmt.Fprintf(w, "backend %s, slot %s; while no proxy listens: outbound %s, inbound %s\n", r.Plan.Backend, p.Slot, p.OnProxyDown, p.OnProxyDownInbound)
-	if r.Left > 0 {
-		fmt.Fprintf(w, "%d programs of an earlier capture stay attached until the cgroup ends: detaching them takes CAP_SYS_ADMIN\n", r.Left)
-	}
 	return printChecks(w, r.Checks)
 }
 

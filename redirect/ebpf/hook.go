@@ -77,28 +77,44 @@ func missingHooks(dir *cgroup.Dir, n note) ([]redirect.Hook, error) {
 	return missing, nil
 }
 
-// detachHooks takes the programs with the given ids off the cgroup, the one that marks first. A program can be detached
-// only by who may open it by its id, which takes CAP_SYS_ADMIN; left counts those that had to stay.
-func detachHooks(dir *cgroup.Dir, ids []uint32) (left int, err error) {
-	for i := len(hooks) - 1; i >= 0; i-- { // the one that marks goes first
-		h := hooks[i]
+// detachable reports, as a fault, whether those of the programs that are on the cgroup may be detached. It takes the
+// program's descriptor, which by id is had with CAP_SYS_ADMIN only.
+func detachable(dir *cgroup.Dir, ids []uint32) error {
+	for _, h := range hooks {
 		have, err := queryHooks(dir, h)
 		if err != nil {
-			return left, err
+			return err
+		}
+		for _, id := range have {
+			if slices.Contains(ids, id) && programName(id) == "" {
+				return &config.Fault{
+					Err:  fmt.Errorf("the programs on cgroup %s may not be detached", dir.Path),
+					Hint: "it takes CAP_SYS_ADMIN beside CAP_BPF and CAP_NET_ADMIN; without it they end with their cgroup (in a pod: with the pod)",
+					Exit: config.ExitNoPerm,
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// detachHooks takes those of the programs that are on the cgroup off it, the one that marks first.
+func detachHooks(dir *cgroup.Dir, ids []uint32) error {
+	for _, h := range slices.Backward(hooks) {
+		have, err := queryHooks(dir, h)
+		if err != nil {
+			return err
 		}
 		for _, id := range have {
 			if !slices.Contains(ids, id) {
 				continue
 			}
-			switch err := detachHook(dir, h, id); {
-			case errors.Is(err, unix.EPERM):
-				left++
-			case err != nil:
-				return left, err
+			if err := detachHook(dir, h, id); err != nil {
+				return err
 			}
 		}
 	}
-	return left, nil
+	return nil
 }
 
 func detachHook(dir *cgroup.Dir, h redirect.Hook, id uint32) error {

@@ -16,11 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Options of an installation.
+type Options struct {
+	Without             bpf.CaptureCure // cures taken out, for tests
+	IgnoreOpenListeners bool            // leave listeners uncaptured that are older than the capture and cannot be adopted
+}
+
 // Outcome says what an installation did.
 type Outcome struct {
 	Changed  []string // what was not there before; empty: the very capture was there, whole
 	Replaced bool     // an earlier capture of the slot was replaced
-	Left     int      // programs of an earlier, incomplete installation that may not be detached; they capture nothing
 }
 
 // Installation is an installed capture that may still be taken back: it ends with Commit or Rollback.
@@ -32,9 +37,9 @@ type Installation struct {
 
 // Install installs a Persistent plan. Installing what is there already changes nothing; a capture of another policy on
 // the same cgroup is replaced, without a moment uncaptured; a failure leaves the host as it was. The caller holds the
-// redirect.Lock. without takes cures out, for tests.
-func Install(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Installation, error) {
-	hash, err := planHash(plan.Policy, without)
+// redirect.Lock.
+func Install(plan redirect.Plan, dir *cgroup.Dir, o Options) (*Installation, error) {
+	hash, err := planHash(plan.Policy, o.Without)
 	if err != nil {
 		return nil, err
 	}
@@ -49,11 +54,9 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Ins
 		}
 		return &Installation{Outcome: Outcome{Changed: in.changed}, in: in}, nil
 	}
-	if old.captures && !old.detachable {
-		return nil, &config.Fault{
-			Err:  fmt.Errorf("cgroup %s is captured already, by another policy or incompletely, and the programs there may not be detached", dir.Path),
-			Hint: "detaching takes CAP_SYS_ADMIN beside CAP_BPF and CAP_NET_ADMIN; without it only a new cgroup (a new pod) can have another policy",
-			Exit: config.ExitNoPerm,
+	if old.captures {
+		if err := detachable(dir, old.attached); err != nil {
+			return nil, fmt.Errorf("cgroup %s is captured already, by another policy or not wholly, and must be captured anew: %w", dir.Path, err)
 		}
 	}
 	makers, err := old.makers()
@@ -63,11 +66,15 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Ins
 	if makers != nil {
 		defer makers.Close()
 	}
-	if in.objects, err = load(plan.Policy, without, makers); err != nil {
+	if in.objects, err = load(plan.Policy, o.Without, makers); err != nil {
 		return nil, err
 	}
 	in.undo = append(in.undo, func() error { in.objects.Close(); return nil })
 	if err := in.replace(old, hash); err != nil {
+		return nil, errors.Join(err, in.rollback())
+	}
+	err = adopt(dir, in.objects.Maps[bpf.CaptureMapMakers], plan.Policy.ProxyUID)
+	if err != nil && !o.IgnoreOpenListeners {
 		return nil, errors.Join(err, in.rollback())
 	}
 	return &Installation{Outcome: Outcome{Changed: in.changed, Replaced: old.captures}, in: in, old: old}, nil
@@ -75,12 +82,13 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Ins
 
 // Commit makes the installation final: what it replaced goes.
 func (i *Installation) Commit() error {
-	left, err := detachHooks(i.in.dir, i.old.attached)
-	i.Left = left
 	if i.in.objects != nil {
-		i.in.objects.Close()
+		defer i.in.objects.Close()
 	}
-	return err
+	if !i.old.captures {
+		return nil // programs of an incomplete installation mark nothing; they may not be ours to detach
+	}
+	return detachHooks(i.in.dir, i.old.attached)
 }
 
 // Rollback leaves the host as it was before Install.
@@ -88,13 +96,12 @@ func (i *Installation) Rollback() error { return i.in.rollback() }
 
 // previous is what was found of a capture in the slot.
 type previous struct {
-	found      bool
-	note       note
-	filters    []attached
-	missing    []redirect.Hook
-	attached   []uint32 // its programs that are on the cgroup now
-	captures   bool     // the hook that marks is among them
-	detachable bool
+	found    bool
+	note     note
+	filters  []attached
+	missing  []redirect.Hook
+	attached []uint32 // its programs that are on the cgroup now
+	captures bool     // the hook that marks is among them
 }
 
 func earlier(slot config.Slot, dir *cgroup.Dir) (previous, error) {
@@ -137,9 +144,6 @@ func earlier(slot config.Slot, dir *cgroup.Dir) (previous, error) {
 			p.attached = append(p.attached, p.note.Hooks[i])
 			p.captures = i == len(hooks)-1
 		}
-	}
-	if p.captures {
-		p.detachable = programName(p.attached[len(p.attached)-1]) != ""
 	}
 	return p, nil
 }

@@ -17,63 +17,55 @@ import (
 // ErrNotInstalled says that there is nothing to remove.
 var ErrNotInstalled = errors.New("nothing of pillion is installed here")
 
-// Removal says what Remove did.
-type Removal struct {
-	Slots []config.Slot // those removed
-	Left  int           // programs that may not be detached; they end with their cgroup
-}
-
 // Remove takes away every Persistent capture of the cgroup in this network namespace, and gives back what was there
-// before: hooks first, then filters, rules, routes and sysctls. It is done again safely. Where there is nothing,
-// ErrNotInstalled. The caller holds the redirect.Lock.
-func Remove(dir *cgroup.Dir) (Removal, error) {
-	var r Removal
+// before: hooks first, then rules, routes, filters and sysctls. Hooks that may not be detached are an error, and nothing
+// is changed then: a capture half removed would mark what nobody takes. Where there is nothing, ErrNotInstalled. The
+// caller holds the redirect.Lock.
+func Remove(dir *cgroup.Dir) ([]config.Slot, error) {
 	ours, _, err := listFilters()
 	if err != nil {
-		return r, err
+		return nil, err
 	}
-	var known []uint32
+	var slots []config.Slot
+	var own, known []uint32
 	for _, f := range ours {
 		known = append(known, f.Note.Hooks...)
-		if f.Note.CgroupID == dir.ID && !slices.Contains(r.Slots, f.Note.Slot) {
-			r.Slots = append(r.Slots, f.Note.Slot)
+		if f.Note.CgroupID == dir.ID && !slices.Contains(slots, f.Note.Slot) {
+			slots = append(slots, f.Note.Slot)
+			own = append(own, f.Note.Hooks...)
 		}
 	}
-	orphans := orphanHooks(dir, known)
-	if len(r.Slots) == 0 && len(orphans) == 0 {
-		return r, ErrNotInstalled
+	own = append(own, orphanHooks(dir, known)...)
+	if len(slots) == 0 && len(own) == 0 {
+		return nil, ErrNotInstalled
 	}
-	if r.Left, err = detachHooks(dir, orphans); err != nil {
-		return r, err
+	if err := detachable(dir, own); err != nil {
+		return nil, err
 	}
-	for _, slot := range r.Slots {
-		left, err := removeSlot(slot, dir)
-		r.Left += left
-		if err != nil {
-			return r, fmt.Errorf("slot %d: %w", slot, err)
+	if err := detachHooks(dir, own); err != nil {
+		return nil, err
+	}
+	for _, slot := range slots {
+		if err := removeSlot(slot); err != nil {
+			return nil, fmt.Errorf("slot %d: %w", slot, err)
 		}
 	}
-	return r, nil
+	return slots, nil
 }
 
-func removeSlot(slot config.Slot, dir *cgroup.Dir) (left int, err error) {
+// removeSlot removes everything of a slot but its hooks.
+func removeSlot(slot config.Slot) error {
 	ours, others, err := listFilters()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	var found []string
 	for _, f := range ours {
-		if f.Note.Slot != slot {
-			continue
-		}
-		found = f.Note.Sysctls
-		n, err := detachHooks(dir, f.Note.Hooks)
-		left = max(left, n)
-		if err != nil {
-			return left, err
+		if f.Note.Slot == slot {
+			found = f.Note.Sysctls
 		}
 	}
-	return left, errors.Join(
+	return errors.Join(
 		removeRules(slot), removeRoutes(slot),
 		removeFilters(slot, ours, others),
 		restoreUnlessUsed(slot, found),

@@ -3,11 +3,9 @@
 package ebpf
 
 import (
-	"bufio"
 	"fmt"
-	"os"
+	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
@@ -166,7 +164,7 @@ func inspectRules(p redirect.Plan) ([]redirect.Item, error) {
 }
 
 func inspectProxy(n note) []redirect.Item {
-	listening := listeners()
+	listening := listeningSockets()
 	down := []string{"new connections are " + downMeans[n.Down[0]], "new connections are " + downMeans[n.Down[1]]}
 	var items []redirect.Item
 	for i, p := range []struct {
@@ -174,7 +172,7 @@ func inspectProxy(n note) []redirect.Item {
 		port uint16
 	}{{"outbound", n.Ports.Outbound}, {"inbound", n.Ports.Inbound}} {
 		item := redirect.Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: redirect.StateOK, Detail: "listens"}
-		if !listening[p.port] {
+		if !slices.Contains(listening, netip.AddrPortFrom(loopbackOf(redirect.IPv4), p.port)) {
 			item.State, item.Detail = redirect.StateMissing, "does not listen: "+down[i]
 		}
 		items = append(items, item)
@@ -184,27 +182,4 @@ func inspectProxy(n note) []redirect.Item {
 
 var downMeans = map[config.FailureMode]string{
 	config.Hold: "held until it does", config.Open: "let through uncaptured", config.Closed: "refused",
-}
-
-// listeners are the ports of IPv4 loopback on which something listens.
-func listeners() map[uint16]bool {
-	ports := make(map[uint16]bool)
-	f, err := os.Open("/proc/thread-self/net/tcp")
-	if err != nil {
-		return ports
-	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		fields := strings.Fields(lines.Text()) // sl local_address rem_address st ...  (Documentation/networking/proc_net_tcp.rst)
-		if len(fields) < 4 || fields[3] != "0A" {
-			continue
-		}
-		var port uint16
-		if hex, ok := strings.CutPrefix(fields[1], "0100007F:"); ok {
-			if _, err := fmt.Sscanf(hex, "%X", &port); err == nil {
-				ports[port] = true
-			}
-		}
-	}
-	return ports
 }

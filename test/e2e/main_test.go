@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,8 +15,9 @@ import (
 	"github.com/pillionproxy/pillion/test/testnet"
 )
 
-// pillionPath is the program under test. Written by TestMain alone.
-var pillionPath string
+// pillionPath is the program under test, and selfPath a copy of this test binary that every user can execute. Written by
+// TestMain alone.
+var pillionPath, selfPath string
 
 func TestMain(m *testing.M) {
 	forkedChild()
@@ -35,6 +38,11 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	pillionPath = filepath.Join(dir, "pillion")
+	selfPath = filepath.Join(dir, "e2e.test")
+	if err := copyProgram("/proc/self/exe", selfPath); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	args := []string{"build", "-o", pillionPath}
 	if underRace() || os.Getenv("PILLION_E2E_RACE") == "1" {
 		args = append(args, "-race")
@@ -46,6 +54,20 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	return testnet.Main(m)
+}
+
+func copyProgram(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
 }
 
 // underRace reports whether the tests themselves were built with -race.

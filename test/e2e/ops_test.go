@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"testing"
 
 	"github.com/pillionproxy/pillion/test/testnet"
 )
@@ -134,13 +133,8 @@ func forkedChild() {
 const serverEnv = "E2E_SERVING_CHILD"
 
 // servingChild is a shell word that runs this test binary as a server that echoes, and says "listening" once it does.
-func servingChild(t testing.TB, addr string) string {
-	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Sprintf("exec env %s=%s %s", serverEnv, addr, exe)
+func servingChild(addr string) string {
+	return fmt.Sprintf("exec env %s=%s %s", serverEnv, addr, selfPath)
 }
 
 // serveAsChild is the process of servingChild; in any other it does nothing.

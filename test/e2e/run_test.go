@@ -40,14 +40,7 @@ func (s *session) raw(flags []string, command ...string) *testnet.Cmd {
 
 // client is a shell word that runs this test binary as a client that makes one exchange with the server and prints its
 // own address.
-func client(t testing.TB, to netip.AddrPort) string {
-	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Sprintf("%s=%s %s", childEnv, to, exe)
-}
+func client(to netip.AddrPort) string { return fmt.Sprintf("%s=%s %s", childEnv, to, selfPath) }
 
 // TestRunEndsAsTheCommand: the exit code is the command's, or what a shell says.
 func TestRunEndsAsTheCommand(t *testing.T) {
@@ -99,7 +92,7 @@ func TestRunTouchesNothingOfTheCommand(t *testing.T) {
 	r := run(t, cmd)
 	want := result{0, "a\x00b\xffinput\n" + dir + "\nbar baz\n--report a b \n", "complaint\n"}
 	if r != want {
-		t.Errorf("got  %+q\nwant %+q", r, want)
+		t.Errorf("got  %+v\nwant %+v", r, want)
 	}
 }
 
@@ -119,7 +112,7 @@ func TestRunCaptures(t *testing.T) {
 					if toFile {
 						flags = append(flags, "--report-file", file)
 					}
-					r := run(t, s.command(flags, client(t, to)))
+					r := run(t, s.command(flags, client(to)))
 					must(t, "run", r)
 					own, err := netip.ParseAddrPort(strings.TrimSpace(r.stdout))
 					if err != nil {
@@ -153,7 +146,7 @@ func TestRunCaptures(t *testing.T) {
 	}
 	t.Run("a server", func(t *testing.T) {
 		ready := &testnet.Lines{}
-		cmd := s.command([]string{"--report", "json"}, servingChild(t, "[::]:7070"))
+		cmd := s.command([]string{"--report", "json"}, servingChild("[::]:7070"))
 		report := &testnet.Lines{}
 		cmd.Stdout, cmd.Stderr = ready, report
 		if err := cmd.Start(); err != nil {
@@ -224,7 +217,7 @@ func TestRunAsTheInvokingUser(t *testing.T) {
 	w := s.paths()[0]
 	saw := make(chan seen, 1)
 	to := w.start(echo(saw))
-	cmd = s.command(nil, client(t, to))
+	cmd = s.command(nil, client(to))
 	cmd.Env = append(os.Environ(), "SUDO_UID=65534", "SUDO_GID=65534", "SUDO_USER=nobody")
 	must(t, "run", run(t, cmd))
 	if server := <-saw; !w.ports.Contains(server.peer.Port()) {

@@ -24,7 +24,7 @@ func TestRunInANamedNamespace(t *testing.T) {
 			to := w.start(echo(saw))
 			// Run from another namespace, out of which the server cannot be reached.
 			elsewhere := s.net.Namespace("elsewhere")
-			cmd := elsewhere.Command(s.cg, pillionPath, "run", "--netns", netns, "--report", "table", "--", "/bin/sh", "-c", client(t, to)+" && exit 5")
+			cmd := elsewhere.Command(s.cg, pillionPath, "run", "--netns", netns, "--report", "table", "--", "/bin/sh", "-c", client(to)+" && exit 5")
 			r := run(t, cmd)
 			if r.code != 5 || !strings.Contains(r.stderr, to.String()) {
 				t.Fatalf("exit code %d, want 5, and %s in the report\n%s", r.code, to, r.stderr)
@@ -59,7 +59,7 @@ func TestTwoRunsAtOnce(t *testing.T) {
 		defer write.Close()
 		x := &running{out: &testnet.Lines{}, start: write, saw: make(chan seen, 1)}
 		x.to = w.start(echo(x.saw))
-		x.cmd = s.command([]string{"--report", "table"}, "echo ready; read x; "+client(t, x.to)+"; exit "+strconv.Itoa(i+1))
+		x.cmd = s.command([]string{"--report", "table"}, "echo ready; read x; "+client(x.to)+"; exit "+strconv.Itoa(i+1))
 		x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = read, x.out, x.out
 		if err := x.cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -165,7 +165,7 @@ func TestRunEndsWhatTheCommandLeft(t *testing.T) {
 		saw := make(chan seen, 1)
 		to := w.start(echo(saw))
 		file := filepath.Join(t.TempDir(), "output")
-		r := run(t, s.command([]string{"--wait-all"}, "("+client(t, to)+" >"+file+" 2>&1 </dev/null) & exit 5"))
+		r := run(t, s.command([]string{"--wait-all"}, "("+client(to)+" >"+file+" 2>&1 </dev/null) & exit 5"))
 		b, err := os.ReadFile(file)
 		if r.code != 5 || err != nil || !strings.HasPrefix(string(b), pod4) {
 			t.Errorf("exit code %d, want 5; the process in the background said %q (%v)", r.code, b, err)

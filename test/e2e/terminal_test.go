@@ -121,7 +121,7 @@ func TestRunKeepsTheTerminal(t *testing.T) {
 		tt.start(t, cmd)
 		tt.see(t, "ready")
 		tt.kind(t, "\x03")
-		tt.see(t, "got 1")
+		tt.screen.Wait(t, "the trap's message", func(l string) bool { return strings.Contains(l, "got 1") }) // after the echo of ^C
 		tt.kind(t, "end\n")
 		if err := cmd.Wait(); cmd.ExitCode() != 6 || strings.Contains(tt.screen.String(), "got 2") {
 			t.Errorf("%v, want exit code 6, and one interrupt:\n%s", err, tt.screen)
@@ -150,7 +150,7 @@ func TestRunKeepsTheTerminal(t *testing.T) {
 		saw := make(chan seen, 1)
 		to := w.start(echo(saw))
 		tt := newTerminal(t, 24, 200)
-		cmd := s.command(nil, client(t, to))
+		cmd := s.command(nil, client(to))
 		tt.start(t, cmd)
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("%v", err)

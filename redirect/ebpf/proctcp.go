@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"bufio"
+	"encoding/hex"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// listeningSockets are the local addresses on which something listens in this network namespace, as /proc/net/tcp and
+// tcp6 have them (Documentation/networking/proc_net_tcp.rst). What cannot be read counts as nothing.
+func listeningSockets() []netip.AddrPort {
+	var found []netip.AddrPort
+	for _, file := range []string{"tcp", "tcp6"} {
+		f, err := os.Open("/proc/thread-self/net/" + file)
+		if err != nil {
+			continue
+		}
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			fields := strings.Fields(lines.Text()) // sl local_address rem_address st ...
+			if len(fields) < 4 || fields[3] != "0A" {
+				continue
+			}
+			if a, ok := parseProcAddress(fields[1]); ok {
+				found = append(found, a)
+			}
+		}
+		f.Close()
+	}
+	return found
+}
+
+// parseProcAddress reads ADDRESS:PORT in hexadecimal: each 32-bit word of the address in the order of the host's bytes,
+// which is little-endian on every machine that we build for.
+func parseProcAddress(s string) (netip.AddrPort, bool) {
+	address, port, _ := strings.Cut(s, ":")
+	b, err := hex.DecodeString(address)
+	if err != nil || len(b)%4 != 0 {
+		return netip.AddrPort{}, false
+	}
+	for w := b; len(w) > 0; w = w[4:] {
+		w[0], w[1], w[2], w[3] = w[3], w[2], w[1], w[0]
+	}
+	a, ok := netip.AddrFromSlice(b)
+	p, err := strconv.ParseUint(port, 16, 16)
+	return netip.AddrPortFrom(a, uint16(p)), ok && err == nil
+}
