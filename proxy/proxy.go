@@ -16,6 +16,7 @@
 package proxy
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"net"
@@ -50,12 +51,14 @@ type Server struct {
 	outbound, inbound, inboundOwn *listen.Listener
 	admin, health                 net.Listener // nil if there is none
 
-	live    *lifecycle.Live
-	state   readiness
-	doubt   chan struct{} // one place: a dial of ours has come back
-	failing atomic.Int64  // when an accept that failed was last logged, in Unix seconds
-	cut     chan struct{} // closed by Close
-	cutOnce sync.Once
+	live     *lifecycle.Live
+	carrying context.Context // of the connections, which outlive Serve's by the drain: done when those left are to be aborted
+	abort    context.CancelFunc
+	state    readiness
+	doubt    chan struct{} // one place: a dial of ours has come back
+	failing  atomic.Int64  // when an accept that failed was last logged, in Unix seconds
+	cut      chan struct{} // closed by Close
+	cutOnce  sync.Once
 }
 
 // Listen opens all listeners: what it returns has its ports, and the kernel queues connections for it, but none is
@@ -71,6 +74,7 @@ func Listen(cfg Config) (*Server, error) {
 		cfg.Access = cfg.Log
 	}
 	s := &Server{cfg: cfg.Proxy, log: cfg.Log, doubt: make(chan struct{}, 1), cut: make(chan struct{})}
+	s.carrying, s.abort = context.WithCancel(context.Background())
 	if err := s.listen(); err != nil {
 		s.closeListeners()
 		return nil, err

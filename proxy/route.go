@@ -18,7 +18,6 @@ import (
 // are dialled on.
 type route struct {
 	*Server
-	carrying  context.Context // of the connections: done when those that are left are to be aborted
 	listener  *listen.Listener
 	direction telemetry.Direction
 	dial      func(context.Context, upstream.Client) (*upstream.Conn, error)
@@ -32,6 +31,7 @@ type client interface {
 
 var (
 	errOwnListener = errors.New("the destination is a listener of this proxy")
+	errShutdown    = errors.New("still open when the proxy had to end (--drain-timeout, or a second signal)")
 	errLimit       = errors.New("as many connections as may be are open (--max-connections, or the descriptor limit)")
 )
 
@@ -77,7 +77,7 @@ func (r *route) handle(c client) {
 	record := r.book.Open(r.direction, c.Remote(), c.Local())
 	err := r.carry(c, record)
 	if err != nil && r.carrying.Err() != nil {
-		record.Close(telemetry.Shutdown, err)
+		record.Close(telemetry.Shutdown, errShutdown)
 		return
 	}
 	record.Close(reason(err), err)

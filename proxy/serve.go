@@ -13,14 +13,11 @@ import (
 // over new connections, waits for the live ones up to the drain timeout, resets those that are left, and returns when
 // nothing of the server is left. It is called once.
 func (s *Server) Serve(ctx context.Context) error {
-	// The connections outlive ctx by the drain.
-	carrying, abort := context.WithCancel(context.WithoutCancel(ctx))
-	defer abort()
 	stopWeb := s.serveWeb()
 	defer stopWeb()
 
 	s.state.enter(serving)
-	stopServing := s.serve(ctx, carrying)
+	stopServing := s.serve(ctx)
 	s.log.Info("serving", "outbound", s.cfg.Listeners.Outbound, "inbound", s.cfg.Listeners.Inbound,
 		"inbound_own", s.cfg.Listeners.InboundOwn, "ipv6", s.outbound.HasIPv6(), "max_connections", s.live.Limit())
 	select {
@@ -29,7 +26,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 	s.state.enter(draining)
 	stopServing()
-	if n := s.live.Drain(s.cfg.DrainTimeout, s.cut, abort); n > 0 {
+	if n := s.live.Drain(s.cfg.DrainTimeout, s.cut, s.abort); n > 0 {
 		s.log.Warn("reset connections that were still open", "connections", n)
 	}
 	return nil
@@ -45,10 +42,10 @@ func (s *Server) Close() {
 }
 
 // serve accepts, and proves that it is right to, until stop is called, which waits until nothing more is accepted.
-func (s *Server) serve(ctx, carrying context.Context) (stop func()) {
+func (s *Server) serve(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	routes := s.routes(carrying)
+	routes := s.routes()
 	for _, r := range routes {
 		running.Go(func() { r.listener.Serve(r) })
 	}
@@ -63,10 +60,10 @@ func (s *Server) serve(ctx, carrying context.Context) (stop func()) {
 }
 
 // routes are the ways of connections through the server, one for each listener.
-func (s *Server) routes(carrying context.Context) []*route {
+func (s *Server) routes() []*route {
 	return []*route{
-		{Server: s, carrying: carrying, listener: s.outbound, direction: telemetry.Outbound, dial: s.dialer.Outbound},
-		{Server: s, carrying: carrying, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
-		{Server: s, carrying: carrying, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
+		{Server: s, listener: s.outbound, direction: telemetry.Outbound, dial: s.dialer.Outbound},
+		{Server: s, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
+		{Server: s, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
 	}
 }

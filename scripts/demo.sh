@@ -8,19 +8,20 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 is_root || fail "the demo makes network namespaces and loads BPF programs: run it as root (sudo make demo)"
-exec 9<"${BASH_SOURCE[0]}"
-if have flock; then flock -n 9 || fail "another demo is running"; fi
-
 began=$SECONDS
 need_go
 "$root/scripts/deps.sh" demo
+# Its names are the same every time, so that the next one finds what a killed one left. One at a time, on this kernel.
+cgroups=$(cgroup2_root)
+exec 9<"$cgroups"
+flock -n 9 || fail "another demo is running"
+rm -rf "${TMPDIR:-/tmp}"/pillion-demo.*
 work=$(mktemp -d "${TMPDIR:-/tmp}/pillion-demo.XXXXXX")
 chmod 0755 "$work" # the sidecar's user reads the binary here
 note "building pillion"
 "$root/scripts/build.sh" "$work/pillion"
 
 pillion=$work/pillion
-cgroups=$(cgroup2_root)
 ends=(client server)
 netns() { echo "pillion-demo-$1"; }
 cgroup() { echo "$cgroups/pillion-demo-$1"; }
@@ -225,7 +226,14 @@ note "  the sidecars' access log, last line of each:"
 tail -q -n 1 "$work/client.log" "$work/server.log" | sed 's/^/    /'
 
 title "pillion status"
-shown "pillion status --cgroup $(cgroup client)    # on the client" at client "$pillion" status --cgroup "$(cgroup client)"
+# The rules, routes and sysctls are many: they are counted here.
+status_in_short() {
+	at client "$pillion" status --cgroup "$(cgroup client)" >"$work/status"
+	grep -v -E '^ +(rule|route|sysctl) ' "$work/status"
+	say "  and $(grep -c -E '^ +(rule|route|sysctl) .* ok ' "$work/status") rules, routes and sysctls, ok"
+	! grep -E '^ +(rule|route|sysctl) ' "$work/status" | grep -v ' ok '
+}
+shown "pillion status --cgroup $(cgroup client)    # on the client" status_in_short
 
 title "pillion run: any command, no setup"
 shown "pillion run -- curl http://10.201.0.2/    # on the client" \

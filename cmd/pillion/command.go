@@ -13,6 +13,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -67,6 +68,7 @@ func newCommandGroup() (*commandGroup, error) {
 			Hint: "its traffic is captured already; leave the outer one first",
 		}
 	}
+	sweepGroups(own.Path)
 	path := filepath.Join(own.Path, groupPrefix+strconv.Itoa(os.Getpid()))
 	if err := os.Mkdir(path, 0o755); err != nil {
 		return nil, &config.Fault{
@@ -80,6 +82,23 @@ func newCommandGroup() (*commandGroup, error) {
 		return nil, errors.Join(err, os.Remove(path))
 	}
 	return &commandGroup{path: path, dir: dir}, nil
+}
+
+// sweepGroups removes the empty groups that killed runs left behind.
+func sweepGroups(parent string) {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		pid, ok := strings.CutPrefix(e.Name(), groupPrefix)
+		if !ok {
+			continue
+		}
+		if n, err := strconv.Atoi(pid); err == nil && unix.Kill(n, 0) == unix.ESRCH {
+			removeTree(filepath.Join(parent, e.Name())) // fails where processes are left in it
+		}
+	}
 }
 
 // run starts the command in the group and waits for it. The returned status is what a shell would show.
@@ -257,16 +276,24 @@ func (g *commandGroup) remove() error {
 			return err
 		}
 	}
+	if err := removeTree(g.path); err != nil {
+		return fmt.Errorf("remove the command's cgroup: %w", err)
+	}
+	return nil
+}
+
+// removeTree removes a cgroup and those below it.
+func removeTree(path string) error {
 	var dirs []string
-	filepath.WalkDir(g.path, func(p string, d fs.DirEntry, err error) error {
+	filepath.WalkDir(path, func(p string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() {
 			dirs = append(dirs, p)
 		}
 		return nil
 	})
-	for i := len(dirs) - 1; i >= 0; i-- {
-		if err := os.Remove(dirs[i]); err != nil {
-			return fmt.Errorf("remove the command's cgroup: %w", err)
+	for _, dir := range slices.Backward(dirs) {
+		if err := os.Remove(dir); err != nil {
+			return err
 		}
 	}
 	return nil

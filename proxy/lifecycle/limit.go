@@ -8,8 +8,8 @@ import "golang.org/x/sys/unix"
 // epoll, and those needed to accept a connection only to reset it.
 const reserve = 64
 
-// ConnectionLimit is how many connections fit into the process's descriptor limit, at two descriptors each, or asked, if
-// that is not 0. If asked is more than fits, warning says so.
+// ConnectionLimit is how many connections a server may have: asked, or, if that is 0 or more than fits, as many as fit into
+// the process's descriptor limit at two descriptors each. In the last case warning says so.
 //
 // The soft limit is not raised here, because the Go runtime has raised it to the hard one already (and gives the old one
 // back to children, which it would not if we set it ourselves).
@@ -24,7 +24,7 @@ func ConnectionLimit(asked int) (limit int, warning string) {
 	case asked == 0:
 		return fits, ""
 	case asked > fits:
-		return asked, "the descriptor limit allows fewer connections than --max-connections: raise RLIMIT_NOFILE (LimitNOFILE= in systemd)"
+		return fits, "the descriptor limit allows fewer connections than --max-connections: raise RLIMIT_NOFILE (LimitNOFILE= in systemd)"
 	default:
 		return asked, ""
 	}

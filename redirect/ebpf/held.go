@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -14,6 +15,7 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/route"
 )
 
 // Capture is a Held capture: it lives as long as this process.
@@ -27,7 +29,7 @@ type Capture struct {
 // until the next Hold or Remove, but see no marked packet any more. A failure leaves the host as it was. The caller holds
 // the redirect.Lock.
 func Hold(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Capture, error) {
-	if err := sweep(plan.Policy.Slot); err != nil {
+	if err := sweep(); err != nil {
 		return nil, err
 	}
 	objects, err := load(plan.Policy, without, nil)
@@ -81,11 +83,15 @@ func (in *installer) hold() error {
 	return nil
 }
 
+// heldPlan stands in the note of a Held capture's filters, where there is no tcx. It says that the note alone means
+// nothing: the capture is there while its process holds the slot.
+const heldPlan = "held"
+
 func (in *installer) holdFilters() error {
 	for i, f := range in.plan.Filters {
 		l, err := attachTCX(f, in.objects.Programs[f.Program])
 		if errors.Is(err, ebpf.ErrNotSupported) && i == 0 {
-			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: "held"}, previous{})
+			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: heldPlan}, previous{})
 		}
 		if err != nil {
 			return err
@@ -118,11 +124,41 @@ func (in *installer) holdHooks() error {
 	return nil
 }
 
-// sweep removes what a killed process left in the slot: filters (where there is no tcx), rules and routes.
-func sweep(slot config.Slot) error {
-	ours, others, err := listFilters()
+// sweep removes what killed processes left in slots that nobody uses: filters (where there is no tcx), rules and routes.
+func sweep() error {
+	used, err := usedSlots()
 	if err != nil {
 		return err
 	}
-	return errors.Join(removeFilters(slot, ours, others), removeRules(slot), removeRoutes(slot))
+	var errs []error
+	for slot := config.Slot(1); slot < config.Slots; slot++ {
+		if _, ok := used[slot]; ok {
+			continue
+		}
+		left, err := leftovers(slot)
+		if err != nil {
+			return err
+		}
+		if left {
+			errs = append(errs, removeFilters(slot), removeRules(slot), removeRoutes(slot))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// leftovers reports whether a rule of the slot is there. Rules are made last and removed first.
+func leftovers(slot config.Slot) (bool, error) {
+	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
+		want := rules(slot, f)
+		have, err := route.Rules(family(f), slot.RulePriority(), slot.RulePriority()+len(want)-1)
+		if err != nil {
+			return false, err
+		}
+		for _, r := range want {
+			if slices.Contains(have, netRule(r)) {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }

@@ -55,7 +55,7 @@ func Remove(dir *cgroup.Dir) ([]config.Slot, error) {
 
 // removeSlot removes everything of a slot but its hooks.
 func removeSlot(slot config.Slot) error {
-	ours, others, err := listFilters()
+	ours, _, err := listFilters()
 	if err != nil {
 		return err
 	}
@@ -67,13 +67,17 @@ func removeSlot(slot config.Slot) error {
 	}
 	return errors.Join(
 		removeRules(slot), removeRoutes(slot),
-		removeFilters(slot, ours, others),
+		removeFilters(slot),
 		restoreUnlessUsed(slot, found),
 	)
 }
 
 // removeFilters removes the filters of a slot, and each clsact qdisc that is ours and nobody else uses.
-func removeFilters(slot config.Slot, ours []attached, others map[int]int) error {
+func removeFilters(slot config.Slot) error {
+	ours, others, err := listFilters()
+	if err != nil {
+		return err
+	}
 	var errs []error
 	for _, f := range ours {
 		if f.Note.Slot != slot {

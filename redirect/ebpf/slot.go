@@ -76,7 +76,7 @@ func usedSlots() (map[config.Slot][]string, error) {
 		return nil, err
 	}
 	for _, f := range ours {
-		if _, ok := used[f.Note.Slot]; !ok {
+		if _, ok := used[f.Note.Slot]; !ok && f.Note.Plan != heldPlan {
 			used[f.Note.Slot] = f.Note.Sysctls
 		}
 	}

@@ -33,7 +33,7 @@ func Inspect() ([]redirect.Report, error) {
 	for slot := config.Slot(0); slot < config.Slots; slot++ {
 		var mine []attached
 		for _, f := range ours {
-			if f.Note.Slot == slot {
+			if f.Note.Slot == slot && f.Note.Plan != heldPlan {
 				mine = append(mine, f)
 			}
 		}

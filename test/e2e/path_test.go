@@ -65,8 +65,14 @@ func (p *pod) paths() []path {
 
 // start serves at a port of its own and returns the address to connect to.
 func (w path) start(handler func(*net.TCPConn)) netip.AddrPort {
+	_, to := w.server(handler)
+	return to
+}
+
+// server is start, for servers that are closed before the test ends.
+func (w path) server(handler func(*net.TCPConn)) (*testnet.Server, netip.AddrPort) {
 	s := w.serve(w.serveNet, net.JoinHostPort(w.serveHost, "0"), handler)
-	return netip.AddrPortFrom(w.to, s.Addr.Port())
+	return s, netip.AddrPortFrom(w.to, s.Addr.Port())
 }
 
 // seen is what a server's end of a connection says of itself, in the order own, peer.
@@ -100,8 +106,12 @@ func finish(c *net.TCPConn) error {
 	if err := c.CloseWrite(); err != nil {
 		return err
 	}
-	if n, err := io.Copy(io.Discard, c); n != 0 || err != nil {
-		return fmt.Errorf("%d bytes and %v where the end was expected", n, err)
+	n, err := io.Copy(io.Discard, c)
+	if n != 0 {
+		return fmt.Errorf("%d bytes where the end was expected", n)
+	}
+	if err != nil {
+		return fmt.Errorf("in place of the end: %w", err)
 	}
 	return c.Close()
 }
@@ -111,7 +121,8 @@ func finish(c *net.TCPConn) error {
 func (p *pod) captured(t *testing.T, w path) {
 	t.Helper()
 	saw := make(chan seen, 1)
-	to := w.start(echo(saw))
+	server, to := w.server(echo(saw))
+	defer server.Close()
 	c, err := w.dial(to)
 	if err != nil {
 		t.Fatalf("%s: %v", w.name, err)
@@ -156,7 +167,8 @@ func (p *pod) wentThrough(t *testing.T, w path, c *testnet.Conn, to netip.AddrPo
 func (p *pod) direct(t *testing.T, w path) {
 	t.Helper()
 	saw := make(chan seen, 1)
-	to := w.start(echo(saw))
+	server, to := w.server(echo(saw))
+	defer server.Close()
 	c, err := w.dial(to)
 	if err != nil {
 		t.Fatalf("%s: %v", w.name, err)

@@ -136,6 +136,9 @@ func TestRunKilled(t *testing.T) {
 		s.direct(t, w)
 	}
 	must(t, "the next run", run(t, s.command(nil, "true")))
+	after := s.snapshot()
+	after.Sysctls = before.Sysctls // what they were, only the one that was killed knew; they capture nothing
+	same(t, "after the next run", before, after)
 }
 
 // TestRunEndsWhatTheCommandLeft: a process in the background does not keep run from ending, and does not go on

@@ -5,9 +5,11 @@ package testnet
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -151,6 +153,42 @@ func Link(a *Namespace, nameA string, b *Namespace, nameB string) {
 	}
 	a.Up(nameA)
 	b.Up(nameB)
+	a.settle(nameA)
+	b.settle(nameB)
+}
+
+// settle waits until the kernel has done what it does on its own after a device came up or got an address: notice the
+// carrier, give the device a link-local address, and route each IPv6 address of it to this host.
+func (ns *Namespace) settle(device string) {
+	ns.t.Helper()
+	link := ns.link(device)
+	last := ""
+	ok := wait(func() bool {
+		addrs, err := ns.nl.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			last = err.Error()
+			return false
+		}
+		routes, err := ns.nl.RouteListFiltered(netlink.FAMILY_V6,
+			&netlink.Route{Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		if err != nil {
+			last = err.Error()
+			return false
+		}
+		last = fmt.Sprintf("addresses %v, local routes %v", addrs, routes)
+		linkLocal := link.Attrs().Flags&net.FlagLoopback != 0
+		for _, a := range addrs {
+			routed := slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst != nil && r.Dst.IP.Equal(a.IP) })
+			if a.Flags&unix.IFA_F_TENTATIVE != 0 || !routed {
+				return false
+			}
+			linkLocal = linkLocal || a.IP.IsLinkLocalUnicast()
+		}
+		return linkLocal
+	})
+	if !ok {
+		ns.t.Fatalf("testnet: device %s of %s does not settle: %s", device, ns.Name, last)
+	}
 }
 
 func (ns *Namespace) link(name string) netlink.Link {
@@ -170,9 +208,10 @@ func (ns *Namespace) Up(device string) {
 	}
 }
 
-// Addr gives a device addresses of either family, each with its prefix length. They can be used at once.
+// Addr gives a device addresses of either family, each with its prefix length. They can be used when it returns.
 func (ns *Namespace) Addr(device string, cidrs ...string) {
 	ns.t.Helper()
+	defer ns.settle(device)
 	for _, cidr := range cidrs {
 		addr, err := netlink.ParseAddr(cidr)
 		if err == nil {
@@ -200,6 +239,7 @@ func (ns *Namespace) DefaultRoute(gateways ...string) {
 // DeprecatedAddr gives a device IPv6 addresses that the kernel does not choose by itself as the source of a connection.
 func (ns *Namespace) DeprecatedAddr(device string, cidrs ...string) {
 	ns.t.Helper()
+	defer ns.settle(device)
 	for _, cidr := range cidrs {
 		addr, err := netlink.ParseAddr(cidr)
 		if err == nil {

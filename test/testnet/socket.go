@@ -158,6 +158,11 @@ func connect(fd, family int, to netip.AddrPort, d Dial) (n names, err error) {
 		return n, fmt.Errorf("getsockname: %w", err)
 	}
 	peer, err := unix.Getpeername(fd)
+	if errors.Is(err, unix.ENOTCONN) { // the connection was there, and is gone already: how, the socket knows
+		if soerr, serr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); serr == nil && soerr != 0 {
+			return n, fmt.Errorf("connected to %s, and at once: %w", to, unix.Errno(soerr))
+		}
+	}
 	if err != nil {
 		return n, fmt.Errorf("getpeername: %w", err)
 	}
