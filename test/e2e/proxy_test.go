@@ -70,7 +70,7 @@ func TestProxyThatIsCapturedItself(t *testing.T) {
 			t.Fatalf("it says that it is ready: %s", body)
 		}
 		last = body
-		return code == http.StatusServiceUnavailable && strings.Contains(body, "own_dial_captured")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "captured")
 	})
 	if !strings.Contains(s.log.String(), "--proxy-uid") {
 		t.Errorf("the log has no hint:\n%s", s.log)
