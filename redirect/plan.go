@@ -82,10 +82,11 @@ func (f Filter) Direction() string {
 	return "ingress"
 }
 
-// Sysctl is a kernel parameter of the network namespace that must read 1.
+// Sysctl is a kernel parameter of the network namespace that must have a value.
 type Sysctl struct {
-	Name string `json:"name"` // with dots
-	Why  string `json:"why"`
+	Name  string `json:"name"` // with dots
+	Value string `json:"value"`
+	Why   string `json:"why"`
 }
 
 // Path is its file.
@@ -132,7 +133,7 @@ func (p Plan) WriteText(w io.Writer) error {
 	}
 	b.WriteString("sysctls\n")
 	for _, s := range p.Sysctls {
-		step(s.Why, "sysctl -w %s=1", s.Name)
+		step(s.Why, "sysctl -w %s=%s", s.Name, s.Value)
 	}
 	b.WriteString("routes\n")
 	for _, r := range p.Routes {

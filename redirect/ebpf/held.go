@@ -16,6 +16,7 @@ import (
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
 	"github.com/pillionproxy/pillion/redirect/route"
+	"golang.org/x/sys/unix"
 )
 
 // Capture is a Held capture: it lives as long as this process.
@@ -87,18 +88,41 @@ func (in *installer) hold() error {
 // nothing: the capture is there while its process holds the slot.
 const heldPlan = "held"
 
+// holdFilters attaches those filters of the plan that are not there.
 func (in *installer) holdFilters() error {
-	for i, f := range in.plan.Filters {
-		l, err := attachTCX(f, in.objects.Programs[f.Program])
-		if errors.Is(err, ebpf.ErrNotSupported) && i == 0 {
-			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: heldPlan}, previous{})
+	for key := range in.held {
+		if !slices.ContainsFunc(in.plan.Filters, func(f redirect.Filter) bool { return f.Index == key.index }) {
+			delete(in.held, key) // the interface is gone, and its links with it
 		}
-		if err != nil {
+	}
+	for _, f := range in.plan.Filters {
+		key := heldFilter{f.Index, f.Egress}
+		if in.held[key] {
+			continue
+		}
+		l, err := attachTCX(f, in.objects.Programs[f.Program])
+		switch {
+		case errors.Is(err, ebpf.ErrNotSupported):
+			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: heldPlan}, previous{})
+		case errors.Is(err, unix.ENODEV):
+			continue // it vanished
+		case err != nil:
 			return err
 		}
-		in.did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), l.Close)
+		if in.held == nil {
+			in.held = make(map[heldFilter]bool)
+		}
+		in.held[key] = true
+		in.changed = append(in.changed, fmt.Sprintf("filter %s %s", f.Link, f.Direction()))
+		in.undo = append(in.undo, l.Close)
 	}
 	return nil
+}
+
+// heldFilter is one side of an interface.
+type heldFilter struct {
+	index  int
+	egress bool
 }
 
 func attachTCX(f redirect.Filter, p *ebpf.Program) (link.Link, error) {

@@ -178,10 +178,20 @@ type installer struct {
 	objects *ebpf.Collection
 	changed []string
 	undo    []func() error
+	undoes  map[string]bool     // what undo covers
+	held    map[heldFilter]bool // filters attached by links
 }
 
+// did notes a change and how to undo it. What is done a second time, because somebody undid it, is undone once.
 func (in *installer) did(what string, undo func() error) {
 	in.changed = append(in.changed, what)
+	if in.undoes[what] {
+		return
+	}
+	if in.undoes == nil {
+		in.undoes = make(map[string]bool)
+	}
+	in.undoes[what] = true
 	in.undo = append(in.undo, undo)
 }
 
@@ -247,7 +257,11 @@ func (in *installer) filters(n note, old previous) error {
 	if err != nil {
 		return err
 	}
+	there := previous{filters: slices.DeleteFunc(slices.Clone(ours), func(a attached) bool { return a.Note.Slot != n.Slot || a.Note.Plan != n.Plan })}
 	for _, f := range in.plan.Filters {
+		if _, ok := there.filterAt(f); ok && n.Plan == heldPlan {
+			continue
+		}
 		added, err := addClsact(f.Index, f.Link)
 		if errors.Is(err, unix.ENODEV) {
 			continue // the interface vanished since the plan was made

@@ -59,7 +59,7 @@ func loadFault(err error) error {
 	var refused *ebpf.VerifierError
 	switch {
 	case errors.As(err, &refused):
-		f.Hint = "this kernel's verifier refuses the object; Linux 5.10 or newer is needed. With --log-level debug the verifier's log is printed"
+		f.Hint = "this kernel's verifier refuses the object; Linux 5.10 or newer is needed"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		f.Exit = config.ExitNoPerm
 		f.Hint = "it takes CAP_BPF and CAP_NET_ADMIN (root has both; in a pod, securityContext.capabilities.add), a seccomp profile that allows bpf(2), and before Linux 5.11 a sufficient RLIMIT_MEMLOCK (128 KiB)"

@@ -21,7 +21,7 @@ import (
 // before. It is the name of each of our tc filters (up to 255 bytes, readable without any capability, gone with the
 // network namespace), so that losing one interface loses nothing.
 //
-//	pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13,14,15,16,17 ports=16001,16006,16007 down=hold,hold clsact=1 sysctl=0,0,0
+//	pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13,14,15,16,17 ports=16001,16006,16007 down=hold,hold clsact=1 sysctl=0,0,0,0
 type note struct {
 	Slot     config.Slot
 	Plan     string   // hash of everything that the programs depend on
@@ -137,7 +137,7 @@ func readSysctls() []string {
 func restoreSysctls(found []string) error {
 	now := readSysctls()
 	for i, s := range sysctls {
-		if i >= len(found) || found[i] == "" || found[i] == "1" || now[i] != "1" {
+		if i >= len(found) || found[i] == "" || found[i] == s.Value || now[i] != s.Value {
 			continue
 		}
 		if err := os.WriteFile(s.Path(), []byte(found[i]), 0); err != nil {
@@ -147,19 +147,19 @@ func restoreSysctls(found []string) error {
 	return nil
 }
 
-// setSysctl sets a parameter to 1; changed is false where it was.
+// setSysctl gives a parameter its value; changed is false where it had it.
 func setSysctl(s redirect.Sysctl) (changed bool, err error) {
 	b, err := os.ReadFile(s.Path())
 	if err != nil {
 		return false, fmt.Errorf("read %s: %w", s.Name, err)
 	}
-	if strings.TrimSpace(string(b)) == "1" {
+	if strings.TrimSpace(string(b)) == s.Value {
 		return false, nil
 	}
-	if err := os.WriteFile(s.Path(), []byte("1"), 0); err != nil {
+	if err := os.WriteFile(s.Path(), []byte(s.Value), 0); err != nil {
 		return false, &config.Fault{
-			Err:  fmt.Errorf("set %s=1: %w", s.Name, err),
-			Hint: "inbound connections would hang without it; mount /proc/sys writable (privileged container), or set it as a sysctl of the pod",
+			Err:  fmt.Errorf("set %s=%s: %w", s.Name, s.Value, err),
+			Hint: "connections would hang without it; mount /proc/sys writable (privileged container), or set it as a sysctl of the pod",
 			Exit: config.ExitUnavailable,
 		}
 	}

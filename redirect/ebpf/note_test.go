@@ -33,7 +33,7 @@ func TestTheLongestNoteFitsAFilterName(t *testing.T) {
 		Slot: config.Slots - 1, Plan: "ffffffff", CgroupID: math.MaxUint64, Hooks: []uint32{id, id, id, id, id, id}, Clsact: true,
 		Ports:   config.Listeners{Outbound: 65535, Inbound: 65535, InboundOwn: 65535},
 		Down:    [2]config.FailureMode{config.Closed, config.Closed},
-		Sysctls: []string{"1", "1", "1"},
+		Sysctls: []string{"1", "1", "1", "1"},
 	}
 	if len(n.String()) > 255 {
 		t.Errorf("%d bytes: %s", len(n.String()), n)

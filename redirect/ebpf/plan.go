@@ -28,9 +28,10 @@ var hooks = []redirect.Hook{
 }
 
 var sysctls = []redirect.Sysctl{
-	{Name: "net.ipv4.tcp_fwmark_accept", Why: "accepted sockets take the mark of their SYN (both families)"},
-	{Name: "net.ipv4.fwmark_reflect", Why: "resets take the mark of what they answer"},
-	{Name: "net.ipv6.fwmark_reflect", Why: "the same, IPv6"},
+	{Name: "net.ipv4.tcp_fwmark_accept", Value: "1", Why: "accepted sockets take the mark of their SYN (both families)"},
+	{Name: "net.ipv4.fwmark_reflect", Value: "1", Why: "resets take the mark of what they answer"},
+	{Name: "net.ipv6.fwmark_reflect", Value: "1", Why: "the same, IPv6"},
+	{Name: "net.ipv4.tcp_rfc1337", Value: "0", Why: "TIME_WAIT heeds resets, else a source port used again hangs for a minute"},
 }
 
 // Metrics of the routes in the capture table. Unbound sockets take the lowest: lo.

@@ -123,8 +123,8 @@ func inspectSysctls(p redirect.Plan) ([]redirect.Item, error) {
 	var items []redirect.Item
 	for _, s := range p.Sysctls {
 		item := redirect.Item{Kind: "sysctl", Name: s.Name, State: redirect.StateOK, Detail: s.Why}
-		if i := slices.IndexFunc(sysctls, func(o redirect.Sysctl) bool { return o.Name == s.Name }); now[i] != "1" {
-			item.State, item.Detail = redirect.StateWrong, fmt.Sprintf("reads %q, must be 1", now[i])
+		if i := slices.IndexFunc(sysctls, func(o redirect.Sysctl) bool { return o.Name == s.Name }); now[i] != s.Value {
+			item.State, item.Detail = redirect.StateWrong, fmt.Sprintf("reads %q, must be %s", now[i], s.Value)
 		}
 		items = append(items, item)
 	}
