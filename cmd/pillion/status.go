@@ -72,7 +72,7 @@ func inspect(path string) ([]redirect.Report, error) {
 func effective(reports []redirect.Report) error {
 	for _, r := range reports {
 		if !r.Effective() {
-			return &config.Fault{Err: fmt.Errorf("the capture of slot %s is not effective", r.Slot), Hint: "`pillion init` with the same flags mends it"}
+			return &config.Fault{Err: fmt.Errorf("the capture of slot %s is not effective", r.Slot), Hint: "each part that is not ok says what to do"}
 		}
 	}
 	return nil

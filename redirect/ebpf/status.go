@@ -73,6 +73,7 @@ func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (
 		}
 		r.Items = append(r.Items, items...)
 	}
+	r.Items = append(r.Items, inspectPacketSockets()...)
 	return r, nil
 }
 
