@@ -283,8 +283,10 @@ static __always_inline int app_to_proxy(struct __sk_buff *skb, struct scratch *s
 	state = unseen ? 0 : lookup_state(skb, &s->p);
 	if (state == BPF_TCP_TIME_WAIT && syn && !without(CURE_TIME_WAIT)) {
 		count(COUNT_LO_CHALLENGED);
-		to_proxy(skb);
-		return challenge(skb, s) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+		if (settle_time_wait(skb, s, BEHIND_LO))
+			return TC_ACT_SHOT;
+		to_proxy(skb); /* not before: a copy of the SYN is still ROLE_OUT */
+		return TC_ACT_UNSPEC;
 	}
 	/* A listener that is found is somebody's wildcard listener on the same port number: not meant. Any other socket
 	 * is the proxy's end of this very connection, or what is left of an earlier one: the kernel knows what to do. */
@@ -446,7 +448,7 @@ static __always_inline int inbound(struct __sk_buff *skb, __u32 l2)
 		return TC_ACT_UNSPEC; /* nobody listens: the kernel refuses, as ever */
 	if (t.state == BPF_TCP_TIME_WAIT && syn && !without(CURE_TIME_WAIT)) {
 		count(COUNT_IN_CHALLENGED);
-		return challenge(skb, s) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+		return settle_time_wait(skb, s, BEHIND_NIC) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	}
 	if (t.state != BPF_TCP_LISTEN) {
 		/* A client's SYN from the very port of a dial in its name. Nobody can serve it; a reset beats a hang. */

@@ -7,6 +7,9 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# The version is stamped by scripts/build.sh. Go's own stamp fails the build where git distrusts the owner of the tree (su).
+export GOFLAGS="${GOFLAGS:-} -buildvcs=false"
+
 # Colours, only where a person looks.
 bold='' dim='' red='' green='' yellow='' plain=''
 if [[ -t 1 && -z ${NO_COLOR:-} ]]; then

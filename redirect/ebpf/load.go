@@ -13,18 +13,13 @@ import (
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"golang.org/x/sys/unix"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// load brings the capture's programs into the kernel, with the policy as their constants. makers, if not nil, takes the
-// place of the map that says who made which socket. The caller closes the collection.
+// load brings the capture's programs into the kernel, with the policy as their constants: the fast form where this process
+// and the kernel allow it, else the one that loads everywhere. makers, if not nil, takes the place of the map that says who
+// made which socket. The caller closes the collection.
 func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*ebpf.Collection, error) {
-	spec, err := bpf.LoadCapture()
-	if err != nil {
-		return nil, fmt.Errorf("read the BPF object: %w", err)
-	}
-	if err := spec.Variables[bpf.CaptureVarCfg].Set(settings(policy, without)); err != nil {
-		return nil, fmt.Errorf("set the BPF constants: %w", err)
-	}
 	// Before 5.11 maps and programs count against this limit. Raising it takes CAP_SYS_RESOURCE, and most kernels need
 	// none of it: the load itself tells.
 	_ = rlimit.RemoveMemlock()
@@ -32,11 +27,38 @@ func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*eb
 	if makers != nil {
 		options.MapReplacements = map[string]*ebpf.Map{bpf.CaptureMapMakers: makers}
 	}
-	c, err := ebpf.NewCollectionWithOptions(spec, options)
+	if mayReadKernel() {
+		if c, err := loadSpec(bpf.LoadFast, settings(policy, without), options); err == nil {
+			return c, nil
+		}
+	}
+	c, err := loadSpec(bpf.LoadCapture, settings(policy, without), options)
 	if err != nil {
 		return nil, loadFault(err)
 	}
 	return c, nil
+}
+
+func loadSpec(read func() (*ebpf.CollectionSpec, error), constants bpf.CaptureSettings, options ebpf.CollectionOptions) (*ebpf.Collection, error) {
+	spec, err := read()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	if err := spec.Variables[bpf.CaptureVarCfg].Set(constants); err != nil {
+		return nil, fmt.Errorf("set the BPF constants: %w", err)
+	}
+	return ebpf.NewCollectionWithOptions(spec, options)
+}
+
+// mayReadKernel reports whether programs of this process may read kernel memory.
+func mayReadKernel() bool {
+	have := cap.GetProc()
+	for _, c := range []cap.Value{cap.PERFMON, cap.SYS_ADMIN} {
+		if ok, err := have.GetFlag(cap.Effective, c); err == nil && ok {
+			return true
+		}
+	}
+	return false
 }
 
 func settings(p config.Capture, without bpf.CaptureCure) bpf.CaptureSettings {

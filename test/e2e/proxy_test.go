@@ -70,11 +70,9 @@ func TestProxyThatIsCapturedItself(t *testing.T) {
 			t.Fatalf("it says that it is ready: %s", body)
 		}
 		last = body
-		return code == http.StatusServiceUnavailable && strings.Contains(body, "captured")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "--proxy-uid")
 	})
-	if !strings.Contains(s.log.String(), "--proxy-uid") {
-		t.Errorf("the log has no hint:\n%s", s.log)
-	}
+	s.log.Wait(t, "the log says it too, with the hint", func(l string) bool { return strings.Contains(l, "--proxy-uid") })
 	if code, _, err := s.get("/healthz/live"); err != nil || code != http.StatusOK {
 		t.Errorf("/healthz/live: %d, %v, want 200", code, err)
 	}
@@ -234,6 +232,7 @@ func TestOpenFreesThoseWaiting(t *testing.T) {
 	t.Parallel()
 	for i, name := range []string{"out/v4", "out/v6", "out/mapped", "in/v4", "in/v6", "in/mapped"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p := newPod(t)
 			p.ns.Sysctl("net.core.somaxconn", "1") // of listeners made from now on: the proxy's, and the app's
 			p.init("--on-proxy-down", "open", "--on-proxy-down-inbound", "open")
