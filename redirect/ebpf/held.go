@@ -70,6 +70,8 @@ func (in *installer) hold() error {
 		return err
 	}
 	in.undo = append(in.undo, slot.Close)
+	// Whoever is the last to go gives the sysctls back, not whoever changed them.
+	in.undo = append(in.undo, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
 	for _, step := range []func() error{
 		in.holdFilters,
 		func() error { return in.sysctls(found) },
