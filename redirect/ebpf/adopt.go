@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,7 +24,7 @@ import (
 // that came after them. Outbound connections need nothing of the kind. It takes CAP_SYS_PTRACE; what cannot be adopted is
 // an error, since inbound connections to it would pass uncaptured.
 func adopt(dir *cgroup.Dir, makers *ebpf.Map, proxyUID uint32) error {
-	if !slices.ContainsFunc(listeningSockets(), reachable) {
+	if !slices.ContainsFunc(listeningSockets(), func(l listening) bool { return l.reachable() && l.UID != proxyUID }) {
 		return nil
 	}
 	var refused []string
@@ -49,9 +48,6 @@ func adopt(dir *cgroup.Dir, makers *ebpf.Map, proxyUID uint32) error {
 		Hint: "install the capture before these processes start, or as root; or give --ignore-open-listeners and restart them afterwards",
 	}
 }
-
-// reachable reports whether a listener could be meant by somebody outside.
-func reachable(a netip.AddrPort) bool { return !a.Addr().Unmap().IsLoopback() }
 
 // processes lists the processes of a cgroup and of those below it that can be seen from here.
 func processes(path string) (pids []int) {

@@ -5,11 +5,13 @@ package ebpf
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/route"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -72,22 +74,21 @@ func gone(err error) bool {
 	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL)
 }
 
+const clsactHandle = 0xffff0000
+
 func clsact(index int) *netlink.Clsact {
-	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Handle: clsactHandle, Parent: netlink.HANDLE_CLSACT}}
 }
 
-// addClsact makes sure that the interface has a clsact qdisc; added is false where it had one.
-func addClsact(index int, link string) (added bool, err error) {
-	switch err := netlink.QdiscAdd(clsact(index)); {
-	case err == nil:
-		return true, nil
-	case errors.Is(err, unix.EEXIST):
-		return false, nil
-	case errors.Is(err, unix.EPERM):
-		return false, &config.Fault{Err: fmt.Errorf("add clsact to %s: %w", link, err), Hint: "it takes CAP_NET_ADMIN in the network namespace", Exit: config.ExitNoPerm}
-	default:
-		return false, fmt.Errorf("add clsact to %s: %w", link, err)
+// hasClsact reports whether the interface has a clsact qdisc.
+func hasClsact(index int) (bool, error) {
+	rows, err := route.List(func() ([]netlink.Qdisc, error) {
+		return netlink.QdiscList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}})
+	})
+	if err != nil {
+		return false, fmt.Errorf("list qdiscs: %w", err)
 	}
+	return slices.ContainsFunc(rows, func(q netlink.Qdisc) bool { return q.Type() == "clsact" }), nil
 }
 
 func bpfFilter(slot config.Slot, index int, egress bool) *netlink.BpfFilter {
@@ -100,11 +101,27 @@ func bpfFilter(slot config.Slot, index int, egress bool) *netlink.BpfFilter {
 	}
 }
 
-// putFilter attaches the program, or puts it in the place of the one that is there, without a moment between.
-func putFilter(slot config.Slot, f redirect.Filter, fd int, n note) error {
-	b := bpfFilter(slot, f.Index, f.Egress)
-	b.Fd, b.Name = fd, n.String()
-	if err := netlink.FilterReplace(b); err != nil {
+// putFilter attaches the program, or puts it in the place of the one that is there, without a moment between. If newClsact,
+// the qdisc is made with it: both are one message to the kernel, so that no SIGKILL comes between the qdisc and the note
+// that says that it is ours.
+func putFilter(slot config.Slot, f redirect.Filter, fd int, n note, newClsact bool) error {
+	var batch batch
+	if newClsact {
+		batch.add(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
+			&nl.TcMsg{Ifindex: int32(f.Index), Handle: clsactHandle, Parent: netlink.HANDLE_CLSACT},
+			nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("clsact")))
+	}
+	options := nl.NewRtAttr(nl.TCA_OPTIONS, nil)
+	options.AddRtAttr(nl.TCA_BPF_FD, nl.Uint32Attr(uint32(fd)))
+	options.AddRtAttr(nl.TCA_BPF_NAME, nl.ZeroTerminated(n.String()))
+	options.AddRtAttr(nl.TCA_BPF_FLAGS, nl.Uint32Attr(nl.TCA_BPF_FLAG_ACT_DIRECT))
+	batch.add(unix.RTM_NEWTFILTER, unix.NLM_F_CREATE,
+		&nl.TcMsg{
+			Ifindex: int32(f.Index), Parent: parent(f.Egress), Handle: filterHandle,
+			Info: netlink.MakeHandle(slot.FilterPriority(), nl.Swap16(unix.ETH_P_ALL)),
+		},
+		nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("bpf")), options)
+	if err := batch.send(); err != nil {
 		return fmt.Errorf("attach %s to %s %s: %w", f.Program, f.Link, f.Direction(), err)
 	}
 	return nil

@@ -68,9 +68,14 @@ func attachFirst(p *ebpf.Program) (detach func() error, err error) {
 	if !errors.Is(err, ebpf.ErrNotSupported) {
 		return nil, fmt.Errorf("attach %s to lo: %w", bpf.ProbeProgPlnProbe, err)
 	}
-	added, err := addClsact(index, "lo")
+	had, err := hasClsact(index)
 	if err != nil {
 		return nil, err
+	}
+	if !had {
+		if err := netlink.QdiscAdd(clsact(index)); err != nil {
+			return nil, fmt.Errorf("add clsact to lo: %w", err)
+		}
 	}
 	f := bpfFilter(0, index, false)
 	f.Priority, f.Fd, f.Name = injectPriority, p.FD(), "pillion-probe"
@@ -78,11 +83,10 @@ func attachFirst(p *ebpf.Program) (detach func() error, err error) {
 		return nil, fmt.Errorf("attach %s to lo: %w", bpf.ProbeProgPlnProbe, err)
 	}
 	return func() error {
-		err := netlink.FilterDel(f)
-		if added {
-			err = errors.Join(err, delClsact(index))
+		if !had {
+			return delClsact(index)
 		}
-		return err
+		return netlink.FilterDel(f)
 	}, nil
 }
 

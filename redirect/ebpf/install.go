@@ -258,24 +258,30 @@ func (in *installer) filters(n note, old previous) error {
 		return err
 	}
 	there := previous{filters: slices.DeleteFunc(slices.Clone(ours), func(a attached) bool { return a.Note.Slot != n.Slot || a.Note.Plan != n.Plan })}
+	ourClsact := make(map[int]bool)
+	for _, a := range ours {
+		ourClsact[a.Index] = ourClsact[a.Index] || a.Note.Clsact
+	}
 	for _, f := range in.plan.Filters {
 		if _, ok := there.filterAt(f); ok && n.Plan == heldPlan {
 			continue
 		}
-		added, err := addClsact(f.Index, f.Link)
+		had, err := hasClsact(f.Index)
+		if err != nil {
+			return err
+		}
+		// Two sides and several slots share the qdisc: that it is ours to remove is in every note on the interface.
+		ourClsact[f.Index] = ourClsact[f.Index] || !had
+		n.Clsact = ourClsact[f.Index]
+		err = putFilter(n.Slot, f, in.objects.Programs[f.Program].FD(), n, !had)
 		if errors.Is(err, unix.ENODEV) {
 			continue // the interface vanished since the plan was made
 		}
 		if err != nil {
 			return err
 		}
-		if added {
+		if !had {
 			in.undo = append(in.undo, func() error { return delClsact(f.Index) })
-		}
-		// Two sides and several slots share the qdisc: that it is ours to remove is in every note on the interface.
-		n.Clsact = added || slices.ContainsFunc(ours, func(a attached) bool { return a.Index == f.Index && a.Note.Clsact }) || n.Clsact && f.Egress
-		if err := putFilter(n.Slot, f, in.objects.Programs[f.Program].FD(), n); err != nil {
-			return err
 		}
 		in.did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
 			if was, ok := old.filterAt(f); ok {
@@ -297,7 +303,7 @@ func putBack(f redirect.Filter, was attached) error {
 		return err
 	}
 	defer p.Close()
-	return putFilter(was.Note.Slot, f, p.FD(), was.Note)
+	return putFilter(was.Note.Slot, f, p.FD(), was.Note, false)
 }
 
 func (in *installer) sysctls(found []string) error {

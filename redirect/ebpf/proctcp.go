@@ -11,22 +11,32 @@ import (
 	"strings"
 )
 
-// listeningSockets are the local addresses on which something listens in this network namespace, as /proc/net/tcp and
-// tcp6 have them (Documentation/networking/proc_net_tcp.rst). What cannot be read counts as nothing.
-func listeningSockets() []netip.AddrPort {
-	var found []netip.AddrPort
+// listening is a socket that listens.
+type listening struct {
+	Local netip.AddrPort
+	UID   uint32 // of who made it
+}
+
+// reachable reports whether it could be meant by somebody outside.
+func (l listening) reachable() bool { return !l.Local.Addr().Unmap().IsLoopback() }
+
+// listeningSockets are those of this network namespace, as /proc/net/tcp and tcp6 have them
+// (Documentation/networking/proc_net_tcp.rst). What cannot be read counts as nothing.
+func listeningSockets() []listening {
+	var found []listening
 	for _, file := range []string{"tcp", "tcp6"} {
 		f, err := os.Open("/proc/thread-self/net/" + file)
 		if err != nil {
 			continue
 		}
 		for lines := bufio.NewScanner(f); lines.Scan(); {
-			fields := strings.Fields(lines.Text()) // sl local_address rem_address st ...
-			if len(fields) < 4 || fields[3] != "0A" {
+			fields := strings.Fields(lines.Text()) // sl local_address rem_address st queues tr:when retrnsmt uid ...
+			if len(fields) < 8 || fields[3] != "0A" {
 				continue
 			}
-			if a, ok := parseProcAddress(fields[1]); ok {
-				found = append(found, a)
+			uid, err := strconv.ParseUint(fields[7], 10, 32)
+			if a, ok := parseProcAddress(fields[1]); ok && err == nil {
+				found = append(found, listening{a, uint32(uid)})
 			}
 		}
 		f.Close()

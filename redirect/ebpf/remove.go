@@ -18,7 +18,7 @@ import (
 var ErrNotInstalled = errors.New("nothing of pillion is installed here")
 
 // Remove takes away every Persistent capture of the cgroup in this network namespace, and gives back what was there
-// before: hooks first, then rules, routes, filters and sysctls. Hooks that may not be detached are an error, and nothing
+// before: hooks first, then rules, routes, sysctls and filters. Hooks that may not be detached are an error, and nothing
 // is changed then: a capture half removed would mark what nobody takes. Where there is nothing, ErrNotInstalled. The
 // caller holds the redirect.Lock.
 func Remove(dir *cgroup.Dir) ([]config.Slot, error) {
@@ -67,8 +67,8 @@ func removeSlot(slot config.Slot) error {
 	}
 	return errors.Join(
 		removeRules(slot), removeRoutes(slot),
-		removeFilters(slot),
 		restoreUnlessUsed(slot, found),
+		removeFilters(slot), // with them goes the note of what was there before
 	)
 }
 
@@ -84,17 +84,13 @@ func removeFilters(slot config.Slot) error {
 			others[f.Index]++
 		}
 	}
-	removed := make(map[int]bool)
 	for _, f := range ours {
-		if f.Note.Slot != slot {
-			continue
-		}
-		errs = append(errs, delFilter(slot, f.Index, f.Egress))
-		removed[f.Index] = removed[f.Index] || f.Note.Clsact
-	}
-	for index, mine := range removed {
-		if mine && others[index] == 0 {
-			errs = append(errs, delClsact(index))
+		switch {
+		case f.Note.Slot != slot:
+		case f.Note.Clsact && others[f.Index] == 0:
+			errs = append(errs, delClsact(f.Index)) // and our filters with it, at once
+		default:
+			errs = append(errs, delFilter(slot, f.Index, f.Egress))
 		}
 	}
 	return errors.Join(errs...)

@@ -165,7 +165,7 @@ func inspectRules(p redirect.Plan) ([]redirect.Item, error) {
 }
 
 func inspectProxy(n note) []redirect.Item {
-	listening := listeningSockets()
+	there := listeningSockets()
 	down := []string{"new connections are " + downMeans[n.Down[0]], "new connections are " + downMeans[n.Down[1]]}
 	var items []redirect.Item
 	for i, p := range []struct {
@@ -173,7 +173,8 @@ func inspectProxy(n note) []redirect.Item {
 		port uint16
 	}{{"outbound", n.Ports.Outbound}, {"inbound", n.Ports.Inbound}} {
 		item := redirect.Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: redirect.StateOK, Detail: "listens"}
-		if !slices.Contains(listening, netip.AddrPortFrom(loopbackOf(redirect.IPv4), p.port)) {
+		want := netip.AddrPortFrom(loopbackOf(redirect.IPv4), p.port)
+		if !slices.ContainsFunc(there, func(l listening) bool { return l.Local == want }) {
 			item.State, item.Detail = redirect.StateMissing, "does not listen: "+down[i]
 		}
 		items = append(items, item)
