@@ -44,6 +44,9 @@ func (m *FailureMode) Type() string { return "hold|open|closed" }
 // MarshalText writes the name, for JSON.
 func (m FailureMode) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
+// UnmarshalText reads what MarshalText wrote.
+func (m *FailureMode) UnmarshalText(b []byte) error { return m.Set(string(b)) }
+
 // PortRange is an inclusive range of ports. It is a flag value, written FIRST-LAST.
 type PortRange struct{ First, Last uint16 }
 
@@ -69,6 +72,9 @@ func (r *PortRange) Type() string { return "first-last" }
 
 // MarshalText writes FIRST-LAST, for JSON.
 func (r PortRange) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (r *PortRange) UnmarshalText(b []byte) error { return r.Set(string(b)) }
 
 // Contains reports whether the port lies in the range.
 func (r PortRange) Contains(port uint16) bool { return port >= r.First && port <= r.Last }

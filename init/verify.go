@@ -38,7 +38,7 @@ func RunProbe(ctx context.Context, in io.Reader, out io.Writer) error {
 
 // verify runs a probe inside the cgroup. Its error names every check that failed.
 func verify(ctx context.Context, t target, policy config.Capture) ([]redirect.Check, error) {
-	checks, err := probe(ctx, t, ebpf.Probe{Slot: policy.Slot, Listeners: policy.Listeners, ProxyUID: policy.ProxyUID})
+	checks, err := probe(ctx, t, ebpf.Probe{Shared: policy.Shared, ProxyUID: policy.ProxyUID})
 	if err != nil {
 		return nil, fmt.Errorf("verify the capture: %w", err)
 	}

@@ -3,12 +3,14 @@
 package redirect
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
 
 	"github.com/pillionproxy/pillion/redirect/route"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // ReadHost looks at the current network namespace.
@@ -17,7 +19,10 @@ func ReadHost(cgroupID uint64) (Host, error) {
 	if err != nil {
 		return Host{}, fmt.Errorf("list interfaces: %w", err)
 	}
-	host := Host{CgroupID: cgroupID, IPv6: ipv6On("all") || ipv6On("lo")}
+	host := Host{
+		CgroupID: cgroupID, IPv6: ipv6On("all") || ipv6On("lo"),
+		FixedSysctls: errors.Is(unix.Access("/proc/sys/net/ipv4/fwmark_reflect", unix.W_OK), unix.EROFS),
+	}
 	for _, l := range links {
 		a := l.Attrs()
 		host.Interfaces = append(host.Interfaces, Interface{

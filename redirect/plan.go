@@ -18,9 +18,10 @@ import (
 
 // Host is what a Plan depends on beside the policy.
 type Host struct {
-	Interfaces []Interface
-	IPv6       bool   // the kernel speaks IPv6 at all
-	CgroupID   uint64 // of the captured cgroup: its inode number
+	Interfaces   []Interface
+	IPv6         bool   // the kernel speaks IPv6 at all
+	FixedSysctls bool   // the kernel parameters of the network namespace may not be written (a pod's /proc/sys)
+	CgroupID     uint64 // of the captured cgroup: its inode number
 }
 
 // Interface is one network interface.
@@ -102,14 +103,16 @@ type Route struct {
 	Why    string `json:"why"`
 }
 
-// Rule sends packets with a mark to a table, or refuses them as unreachable where Table is 0.
+// Rule sends packets to a table, or refuses them as unreachable where Table is 0: those with a mark, or, where there are
+// Ports, TCP packets that this host sends to one of them.
 type Rule struct {
-	Family   Family `json:"family"`
-	Priority int    `json:"priority"`
-	Mark     uint32 `json:"mark"`
-	Mask     uint32 `json:"mask"`
-	Table    int    `json:"table,omitempty"`
-	Why      string `json:"why"`
+	Family   Family           `json:"family"`
+	Priority int              `json:"priority"`
+	Mark     uint32           `json:"mark,omitempty"`
+	Mask     uint32           `json:"mask,omitempty"`
+	Ports    config.PortRange `json:"ports,omitzero"`
+	Table    int              `json:"table,omitempty"`
+	Why      string           `json:"why"`
 }
 
 // Hook is a program on the captured cgroup.
@@ -149,7 +152,11 @@ func (p Plan) WriteText(w io.Writer) error {
 		if r.Table != 0 {
 			action = fmt.Sprintf("lookup %d", r.Table)
 		}
-		step(r.Why, "ip -%d rule add pref %d fwmark %#x/%#x %s", r.Family, r.Priority, r.Mark, r.Mask, action)
+		what := fmt.Sprintf("fwmark %#x/%#x", r.Mark, r.Mask)
+		if r.Mask == 0 {
+			what = fmt.Sprintf("iif lo ipproto tcp dport %s", r.Ports)
+		}
+		step(r.Why, "ip -%d rule add pref %d %s %s", r.Family, r.Priority, what, action)
 	}
 	b.WriteString("hooks\n")
 	for _, h := range p.Hooks {

@@ -221,6 +221,7 @@ func (in *installer) replace(old previous, hash string) error {
 	n := note{
 		Slot: in.plan.Policy.Slot, Plan: hash, CgroupID: in.dir.ID, Sysctls: found, Ports: in.plan.Policy.Listeners,
 		Down: [2]config.FailureMode{in.plan.Policy.OnProxyDown, in.plan.Policy.OnProxyDownInbound},
+		Dial: in.plan.Policy.DialInbound, Fixed: len(in.plan.Sysctls) == 0,
 	}
 	for _, h := range hooks {
 		id, err := programID(in.objects.Programs[h.Program])
@@ -380,5 +381,5 @@ func netRoute(r redirect.Route) route.Route {
 }
 
 func netRule(r redirect.Rule) route.Rule {
-	return route.Rule{Family: family(r.Family), Priority: r.Priority, Mark: r.Mark, Mask: r.Mask, Table: r.Table}
+	return route.Rule{Family: family(r.Family), Priority: r.Priority, Mark: r.Mark, Mask: r.Mask, Ports: r.Ports, Table: r.Table}
 }

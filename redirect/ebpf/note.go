@@ -21,7 +21,7 @@ import (
 // before. It is the name of each of our tc filters (up to 255 bytes, readable without any capability, gone with the
 // network namespace), so that losing one interface loses nothing.
 //
-//	pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13,14,15,16,17 ports=16001,16006,16007 down=hold,hold clsact=1 sysctl=0,0,0,0
+//	pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13,14,15,16,17 ports=16001,16006,16007 down=hold,hold dial=27000-32767 fixed=false clsact=true sysctl=0,0,0,0
 type note struct {
 	Slot     config.Slot
 	Plan     string   // hash of everything that the programs depend on
@@ -29,6 +29,8 @@ type note struct {
 	Hooks    []uint32 // ids of the programs on it, in the order of the plan
 	Ports    config.Listeners
 	Down     [2]config.FailureMode // outbound, inbound
+	Dial     config.PortRange      // of the proxy's dials to the app
+	Fixed    bool                  // the sysctls could not be written: the port rule is in their place
 	Clsact   bool                  // the interface's clsact qdisc is ours to remove
 	Sysctls  []string              // values found, in the order of the list; "" where there was no such parameter
 }
@@ -40,13 +42,9 @@ func (n note) String() string {
 	for i, id := range n.Hooks {
 		ids[i] = strconv.FormatUint(uint64(id), 10)
 	}
-	clsact := 0
-	if n.Clsact {
-		clsact = 1
-	}
-	return fmt.Sprintf("%sslot=%d plan=%s cgroup=%d hooks=%s ports=%d,%d,%d down=%s,%s clsact=%d sysctl=%s", notePrefix, n.Slot, n.Plan,
+	return fmt.Sprintf("%sslot=%d plan=%s cgroup=%d hooks=%s ports=%d,%d,%d down=%s,%s dial=%s fixed=%t clsact=%t sysctl=%s", notePrefix, n.Slot, n.Plan,
 		n.CgroupID, strings.Join(ids, ","), n.Ports.Outbound, n.Ports.Inbound, n.Ports.InboundOwn, n.Down[0], n.Down[1],
-		clsact, strings.Join(n.Sysctls, ","))
+		n.Dial, n.Fixed, n.Clsact, strings.Join(n.Sysctls, ","))
 }
 
 // parseNote reads the name of a filter; ok is false where it is none of ours.
@@ -80,7 +78,11 @@ func parseNote(name string) (n note, ok bool) {
 			out, in, _ := strings.Cut(value, ",")
 			_, _ = n.Down[0].Set(out), n.Down[1].Set(in)
 		case "clsact":
-			n.Clsact = value == "1"
+			n.Clsact = value == "true"
+		case "fixed":
+			n.Fixed = value == "true"
+		case "dial":
+			_ = n.Dial.Set(value)
 		case "sysctl":
 			n.Sysctls = strings.Split(value, ",")
 		}

@@ -14,7 +14,7 @@ import (
 func TestNoteIsReadAsWritten(t *testing.T) {
 	for _, n := range []note{
 		{Slot: 0, Plan: "8d2f6a01", CgroupID: 4711, Hooks: []uint32{1, 2, 3, 4, 5, 6}, Sysctls: []string{"0", "0", "0"}},
-		{Slot: 7, Plan: heldPlan, CgroupID: 1, Clsact: true, Sysctls: []string{"1", "0", ""}, Down: [2]config.FailureMode{config.Open, config.Closed}, Ports: config.Listeners{Outbound: 1, Inbound: 65535, InboundOwn: 3}},
+		{Slot: 7, Plan: heldPlan, CgroupID: 1, Clsact: true, Fixed: true, Dial: config.DialInbound, Sysctls: []string{"1", "0", ""}, Down: [2]config.FailureMode{config.Open, config.Closed}, Ports: config.Listeners{Outbound: 1, Inbound: 65535, InboundOwn: 3}},
 	} {
 		got, ok := parseNote(n.String())
 		if !ok {
@@ -33,6 +33,7 @@ func TestTheLongestNoteFitsAFilterName(t *testing.T) {
 		Slot: config.Slots - 1, Plan: "ffffffff", CgroupID: math.MaxUint64, Hooks: []uint32{id, id, id, id, id, id}, Clsact: true,
 		Ports:   config.Listeners{Outbound: 65535, Inbound: 65535, InboundOwn: 65535},
 		Down:    [2]config.FailureMode{config.Closed, config.Closed},
+		Dial:    config.PortRange{First: 65535, Last: 65535},
 		Sysctls: []string{"1", "1", "1", "1"},
 	}
 	if len(n.String()) > 255 {
@@ -41,7 +42,7 @@ func TestTheLongestNoteFitsAFilterName(t *testing.T) {
 }
 
 func FuzzParseNote(f *testing.F) {
-	f.Add("pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13 ports=1,2,3 down=hold,open clsact=1 sysctl=0,0,0")
+	f.Add("pillion slot=0 plan=8d2f6a01 cgroup=4711 hooks=12,13 ports=1,2,3 down=hold,open clsact=true sysctl=0,0,0")
 	f.Add("pillion slot=99")
 	f.Add("cilium-host")
 	f.Fuzz(func(t *testing.T, name string) {

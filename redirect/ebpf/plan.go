@@ -47,7 +47,7 @@ func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime)
 		p.Filters = append(p.Filters, filters(i)...)
 	}
 	for _, s := range sysctls {
-		if host.IPv6 || s.Name != "net.ipv6.fwmark_reflect" {
+		if !host.FixedSysctls && (host.IPv6 || s.Name != "net.ipv6.fwmark_reflect") {
 			p.Sysctls = append(p.Sysctls, s)
 		}
 	}
@@ -60,9 +60,25 @@ func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime)
 	}
 	for _, f := range families {
 		p.Rules = append(p.Rules, rules(policy.Slot, f)...)
+		if host.FixedSysctls {
+			p.Rules = append(p.Rules, portRule(policy.Shared, f))
+		}
 	}
 	return p
 }
+
+// portRule takes the place of the sysctls where they may not be written: the app's answers to the proxy's dials are known
+// by their port in place of their mark. It takes those to other peers with such a port too, and an app's own mark is lost
+// to the proxy: good enough for a pod, whose peers seldom have ports below the ephemeral ones.
+func portRule(s config.Shared, family redirect.Family) redirect.Rule {
+	return redirect.Rule{
+		Family: family, Priority: s.Slot.RulePriority() + portRuleOffset, Ports: s.DialInbound, Table: s.Slot.TableCapture(),
+		Why: "answers to the proxy's dials, by their port: sysctls may not be written here",
+	}
+}
+
+// portRuleOffset is the place of the port rule in the slot's block, behind those of rules.
+const portRuleOffset = 7
 
 func filters(i redirect.Interface) []redirect.Filter {
 	if i.Loopback {

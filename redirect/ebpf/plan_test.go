@@ -34,6 +34,7 @@ func TestPlanIsWhatTheGoldenFilesSay(t *testing.T) {
 		{"pod", policy, redirect.Host{Interfaces: []redirect.Interface{lo, eth0}, IPv6: true}, redirect.Persistent},
 		{"policies", fast, redirect.Host{Interfaces: []redirect.Interface{lo, eth0}, IPv6: true}, redirect.Persistent},
 		{"slot", third, redirect.Host{Interfaces: []redirect.Interface{lo, eth0}, IPv6: true}, redirect.Held},
+		{"fixed-sysctls", policy, redirect.Host{Interfaces: []redirect.Interface{lo, eth0}, IPv6: true, FixedSysctls: true}, redirect.Persistent},
 		{"no-ipv6", policy, redirect.Host{Interfaces: []redirect.Interface{{Index: 1, Name: "lo", Loopback: true, Up: true}, {Index: 2, Name: "eth0", Up: true, Ethernet: true}}}, redirect.Persistent},
 		{"no-ipv6-on-one", policy, redirect.Host{Interfaces: []redirect.Interface{lo, {Index: 2, Name: "eth0", Up: true, Ethernet: true}}, IPv6: true}, redirect.Persistent},
 		{"interfaces", policy, redirect.Host{Interfaces: []redirect.Interface{

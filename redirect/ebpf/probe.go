@@ -29,9 +29,8 @@ import (
 // runs, the probe borrows its port, with a filter on it that drops every SYN but the probe's own: a connection of anybody
 // else waits as if nobody listened.
 type Probe struct {
-	Slot      config.Slot      `json:"slot"`
-	Listeners config.Listeners `json:"listeners"`
-	ProxyUID  uint32           `json:"proxy_uid"`
+	config.Shared
+	ProxyUID uint32 `json:"proxy_uid"`
 }
 
 // probeTimeout bounds one connection. All of them stay on this host, so only a silent drop ever meets it.
@@ -126,7 +125,7 @@ func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in 
 	if injectErr != nil {
 		return concluded(check, injectErr, "", "")
 	}
-	t := trial{Target: a.Addr, From: a.Neighbour, Borrowed: in, Mark: p.Slot.Mark(config.RoleDial)}
+	t := trial{Target: a.Addr, From: a.Neighbour, Ports: p.DialInbound, Borrowed: in, Mark: p.Slot.Mark(config.RoleDial)}
 	t.Before = func(port uint16) error { return injector.Arm(port, a.Index, a.MAC) }
 	err := p.try(ctx, &check, t)
 	if errors.Is(err, errSilence) {
@@ -154,6 +153,7 @@ func concluded(c redirect.Check, err error, yes, no string) redirect.Check {
 type trial struct {
 	Target   netip.Addr // of the decoy
 	From     netip.Addr
+	Ports    config.PortRange   // to dial from; none: any
 	Mark     uint32             // of the dialling socket; non-zero also makes it transparent
 	UID      uint32             // that makes the dialling socket, if not 0
 	Borrowed *borrowed          // the proxy's listener; nil: nobody is expected there
@@ -232,7 +232,7 @@ func dialSocket(t trial) (fd int, from netip.AddrPort, err error) {
 			return -1, from, err
 		}
 	}
-	if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(t.From, 0))); err != nil {
+	if err := bind(fd, t.From, t.Ports); err != nil {
 		return -1, from, fmt.Errorf("bind to %s: %w", t.From, err)
 	}
 	sa, err := unix.Getsockname(fd)
@@ -240,6 +240,16 @@ func dialSocket(t trial) (fd int, from netip.AddrPort, err error) {
 		return -1, from, fmt.Errorf("getsockname: %w", err)
 	}
 	return fd, addrPort(sa), nil
+}
+
+// bind takes a free port of the range, the last ones first: the proxy begins with the first ones.
+func bind(fd int, a netip.Addr, ports config.PortRange) error {
+	for port := ports.Last; ; port-- {
+		err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(a, port)))
+		if !errors.Is(err, unix.EADDRINUSE) || port == ports.First {
+			return err
+		}
+	}
 }
 
 // socketAs makes a TCP socket whose maker is the user uid, if that is not 0. The user id is the thread's own while it

@@ -102,6 +102,16 @@ func removeRules(slot config.Slot) error {
 		for _, r := range rules(slot, f) {
 			errs = append(errs, route.DelRule(netRule(r)))
 		}
+		have, err := route.Rules(family(f), slot.RulePriority()+portRuleOffset, slot.RulePriority()+portRuleOffset)
+		if errors.Is(err, unix.EAFNOSUPPORT) {
+			continue
+		}
+		errs = append(errs, err)
+		for _, r := range have {
+			if r.Table == slot.TableCapture() && r.Ports != (config.PortRange{}) {
+				errs = append(errs, route.DelRule(r))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }

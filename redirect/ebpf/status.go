@@ -52,7 +52,11 @@ func Inspect() ([]redirect.Report, error) {
 
 func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (redirect.Report, error) {
 	r := redirect.Report{Backend: Name, Slot: slot}
-	plan := Plan(config.Capture{Shared: config.Shared{Slot: slot}}, host, redirect.Persistent)
+	policy := config.Capture{Shared: config.Shared{Slot: slot}}
+	if len(mine) > 0 {
+		policy.DialInbound, host.FixedSysctls = mine[0].Note.Dial, mine[0].Note.Fixed
+	}
+	plan := Plan(policy, host, redirect.Persistent)
 	if held {
 		r.Items = append(r.Items, redirect.Item{Kind: "process", Name: "pillion run", State: redirect.StateOK, Detail: "holds the hooks and filters"})
 	} else {

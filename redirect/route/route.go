@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net"
 
+	"github.com/pillionproxy/pillion/config"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -29,17 +30,23 @@ func List[T any](list func() ([]T, error)) ([]T, error) {
 	}
 }
 
-// Rule sends packets by their mark to a table, or refuses them where Table is 0.
+// Rule sends packets to a table, or refuses them where Table is 0: those with a mark, or, where there are Ports, TCP
+// packets that this host sends to one of them.
 type Rule struct {
 	Family     int // unix.AF_INET, unix.AF_INET6
 	Priority   int
 	Mark, Mask uint32
+	Ports      config.PortRange
 	Table      int
 }
 
 func (r Rule) netlink() *netlink.Rule {
 	n := netlink.NewRule()
 	n.Family, n.Priority, n.Mark, n.Mask, n.Table = r.Family, r.Priority, r.Mark, &r.Mask, r.Table
+	if r.Ports != (config.PortRange{}) {
+		n.IifName, n.IPProto, n.Dport = "lo", unix.IPPROTO_TCP, netlink.NewRulePortRange(r.Ports.First, r.Ports.Last)
+		n.Mask = nil
+	}
 	if r.Table == 0 {
 		n.Type, n.Table = unix.RTN_UNREACHABLE, unix.RT_TABLE_UNSPEC
 	}
@@ -60,6 +67,9 @@ func Rules(family, first, last int) ([]Rule, error) {
 		r := Rule{Family: family, Priority: n.Priority, Mark: n.Mark, Table: max(n.Table, 0)}
 		if n.Mask != nil {
 			r.Mask = *n.Mask
+		}
+		if n.Dport != nil {
+			r.Ports = config.PortRange{First: n.Dport.Start, Last: n.Dport.End}
 		}
 		if n.Type == unix.RTN_UNREACHABLE {
 			r.Table = 0
