@@ -77,6 +77,26 @@ func proxyLife(t *testing.T, mode policies, where placement, older bool) {
 	}
 }
 
+// TestKilledAgainAndAgain: whatever the moment of the kill, no connection ends as if it were whole, gets a wrong answer, or
+// waits for ever.
+func TestKilledAgainAndAgain(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.init()
+	p.startProxy(inside)
+	l := p.startLoad(t)
+	for range 6 {
+		p.proxy.Kill()
+		p.startProxy(inside)
+		enough := l.total() + 100
+		testnet.Wait(t, "the new proxy carries connections", func() bool { return l.total() >= enough })
+	}
+	l.finish(t)
+	for _, w := range p.paths() {
+		p.captured(t, w)
+	}
+}
+
 // attempt is a connect under way.
 type attempt struct {
 	w    path
@@ -196,8 +216,10 @@ func (p *pod) startLoad(t *testing.T) *loads {
 	t.Helper()
 	l := &loads{ok: map[string]*atomic.Int64{}}
 	var flowing sync.WaitGroup
-	for _, w := range p.paths() {
+	for _, w := range p.paths() { // whole before the first goroutine reads it
 		l.ok[w.name] = &atomic.Int64{}
+	}
+	for _, w := range p.paths() {
 		to := w.start(func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
 		l.wg.Go(func() { l.connectLoop(w, to) })
 
@@ -237,6 +259,14 @@ func (p *pod) startLoad(t *testing.T) *loads {
 		return true
 	})
 	return l
+}
+
+// total counts the connections that were right.
+func (l *loads) total() (n int64) {
+	for _, ok := range l.ok {
+		n += ok.Load()
+	}
+	return n
 }
 
 func (l *loads) connectLoop(w path, to netip.AddrPort) {
