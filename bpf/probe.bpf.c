@@ -11,7 +11,7 @@
 /* The one connection that pln_probe takes. Key 0; written by the verifier, `arrived` by the program. */
 struct probe {
 	__u32 port;    /* source port, network order; 0: none */
-	__u32 ifindex; /* where its SYN is to arrive */
+	__u32 ifindex; /* where its packets are to arrive */
 	__u8 mac[8];   /* that interface's address, in the first six bytes */
 	__u64 arrived; /* SYNs sent there */
 };
@@ -24,8 +24,8 @@ struct {
 
 /*
  * Attached to the ingress of lo, before pln_lo, while `verify` runs. The verifier dials the app's address from an address
- * that is not ours, and is routed to lo by its mark; from there its SYN goes on to the ingress of a real interface, as
- * if a neighbour had sent it. The mark brings the answers back to lo. Returns UNSPEC, OK or a redirect. 5.10.
+ * that is not ours, and is routed to lo by its mark; from there its packets go on to the ingress of a real interface, as
+ * if a neighbour had sent them. The mark brings the answers back to lo. Returns UNSPEC, SHOT or a redirect. 5.10.
  */
 SEC("tc")
 int pln_probe(struct __sk_buff *skb)
@@ -46,11 +46,11 @@ int pln_probe(struct __sk_buff *skb)
 	if (parse(skb, s, ETH_HLEN) != PARSED || s->p.sport != probe->port)
 		return TC_ACT_UNSPEC;
 	skb->mark = with_role(skb->mark, ROLE_DIAL_REPLY);
-	if (!is_syn(&s->p))
-		return TC_ACT_OK;
 	if (bpf_skb_store_bytes(skb, 0, probe->mac, 6, 0))
 		return TC_ACT_SHOT;
-	__sync_fetch_and_add(&probe->arrived, 1);
+	/* All of it goes that way, not the SYN alone: behind a SYN cookie it is the ACK that makes the socket. */
+	if (is_syn(&s->p))
+		__sync_fetch_and_add(&probe->arrived, 1);
 	return bpf_redirect(probe->ifindex, BPF_F_INGRESS);
 }
 

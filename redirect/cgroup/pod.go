@@ -14,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"golang.org/x/sys/unix"
@@ -150,6 +151,7 @@ func ancestry(self *Dir) ([]uint64, error) {
 		Program *ebpf.Program `ebpf:"pln_ancestry"`
 		Levels  *ebpf.Map     `ebpf:"ancestors"`
 	}
+	_ = rlimit.RemoveMemlock() // see redirect/ebpf: before Linux 5.11 BPF counts against it
 	if err := spec.LoadAndAssign(&objects, nil); err != nil {
 		return nil, fmt.Errorf("load pln_ancestry: %w", err)
 	}

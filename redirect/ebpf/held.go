@@ -70,6 +70,7 @@ func (in *installer) hold() error {
 		return err
 	}
 	in.undo = append(in.undo, slot.Close)
+	in.found = found
 	// Whoever is the last to go gives the sysctls back, not whoever changed them.
 	in.undo = append(in.undo, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
 	for _, step := range []func() error{
@@ -105,7 +106,7 @@ func (in *installer) holdFilters() error {
 		l, err := attachTCX(f, in.objects.Programs[f.Program])
 		switch {
 		case errors.Is(err, ebpf.ErrNotSupported):
-			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: heldPlan}, previous{})
+			return in.filters(note{Slot: in.plan.Policy.Slot, CgroupID: in.dir.ID, Plan: heldPlan, Sysctls: in.found}, previous{})
 		case errors.Is(err, unix.ENODEV):
 			continue // it vanished
 		case err != nil:
@@ -150,9 +151,14 @@ func (in *installer) holdHooks() error {
 	return nil
 }
 
-// sweep removes what killed processes left in slots that nobody uses: filters (where there is no tcx), rules and routes.
+// sweep removes what killed processes left in slots that nobody uses: filters (where there is no tcx), rules and
+// routes; and the sysctls, where a filter tells what they were.
 func sweep() error {
 	used, err := usedSlots()
+	if err != nil {
+		return err
+	}
+	found, err := foundSysctls()
 	if err != nil {
 		return err
 	}
@@ -168,6 +174,9 @@ func sweep() error {
 		if left {
 			errs = append(errs, removeFilters(slot), removeRules(slot), removeRoutes(slot))
 		}
+	}
+	if len(used) == 0 {
+		errs = append(errs, restoreSysctls(found))
 	}
 	return errors.Join(errs...)
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
@@ -41,8 +42,9 @@ func newInjector(slot config.Slot) (*injector, error) {
 		Program *ebpf.Program `ebpf:"pln_probe"`
 		Probes  *ebpf.Map     `ebpf:"probes"`
 	}
+	raised := rlimit.RemoveMemlock()
 	if err := spec.LoadAndAssign(&objects, nil); err != nil {
-		return nil, loadFault(err)
+		return nil, loadFault(err, raised)
 	}
 	in := &injector{program: objects.Program, probes: objects.Probes}
 	if in.detach, err = attachFirst(objects.Program); err != nil {

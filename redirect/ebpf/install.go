@@ -180,6 +180,7 @@ type installer struct {
 	undo    []func() error
 	undoes  map[string]bool     // what undo covers
 	held    map[heldFilter]bool // filters attached by links
+	found   []string            // sysctls from before any capture, for the notes of a Held plan
 }
 
 // did notes a change and how to undo it. What is done a second time, because somebody undid it, is undone once.

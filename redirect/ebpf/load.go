@@ -20,9 +20,7 @@ import (
 // and the kernel allow it, else the one that loads everywhere. makers, if not nil, takes the place of the map that says who
 // made which socket. The caller closes the collection.
 func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*ebpf.Collection, error) {
-	// Before 5.11 maps and programs count against this limit. Raising it takes CAP_SYS_RESOURCE, and most kernels need
-	// none of it: the load itself tells.
-	_ = rlimit.RemoveMemlock()
+	raised := rlimit.RemoveMemlock()
 	var options ebpf.CollectionOptions
 	if makers != nil {
 		options.MapReplacements = map[string]*ebpf.Map{bpf.CaptureMapMakers: makers}
@@ -34,7 +32,7 @@ func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*eb
 	}
 	c, err := loadSpec(bpf.LoadCapture, settings(policy, without), options)
 	if err != nil {
-		return nil, loadFault(err)
+		return nil, loadFault(err, raised)
 	}
 	return c, nil
 }
@@ -76,19 +74,34 @@ func settings(p config.Capture, without bpf.CaptureCure) bpf.CaptureSettings {
 	}
 }
 
-func loadFault(err error) error {
+// loadFault explains a load that failed. raised is what rlimit.RemoveMemlock said: before Linux 5.11 maps and programs count
+// against RLIMIT_MEMLOCK, those of every process of this user id on the machine together, and lifting it takes
+// CAP_SYS_RESOURCE. Newer kernels need none of it, and it is nil there.
+func loadFault(err, raised error) error {
 	f := &config.Fault{Err: fmt.Errorf("load the BPF programs: %w", err), Exit: config.ExitUnavailable}
 	var refused *ebpf.VerifierError
 	switch {
 	case errors.As(err, &refused):
 		f.Hint = "this kernel's verifier refuses the object; Linux 5.10 or newer is needed"
+	case raised != nil && errors.Is(err, unix.EPERM):
+		f.Exit = config.ExitNoPerm
+		f.Hint = fmt.Sprintf("the limit of locked memory (RLIMIT_MEMLOCK, %s here) is too low: before Linux 5.11 it counts all BPF of this user id on the machine. Add CAP_SYS_RESOURCE, with which pillion lifts it for itself, or raise it to some MiB (ulimit -l, LimitMEMLOCK=)", memlock())
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		f.Exit = config.ExitNoPerm
-		f.Hint = "it takes CAP_BPF and CAP_NET_ADMIN (root has both; in a pod, securityContext.capabilities.add), a seccomp profile that allows bpf(2), and before Linux 5.11 a sufficient RLIMIT_MEMLOCK (128 KiB)"
+		f.Hint = "it takes CAP_BPF and CAP_NET_ADMIN (root has both; in a pod, securityContext.capabilities.add), and a seccomp profile that allows bpf(2)"
 	case errors.Is(err, unix.ENOSYS):
 		f.Hint = "this kernel was built without bpf(2) (CONFIG_BPF_SYSCALL)"
 	}
 	return f
+}
+
+// memlock is the limit of locked memory, for people.
+func memlock() string {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l); err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("%d KiB", l.Cur>>10)
 }
 
 // counterNames are the names of the verdicts in the order of their index, as the object itself has them.

@@ -42,10 +42,11 @@ func (p Probe) Run(ctx context.Context) ([]redirect.Check, error) {
 	if err != nil {
 		return nil, err
 	}
-	injector, injectErr := newInjector(p.Slot)
-	if injectErr == nil {
-		defer injector.Close()
+	injector, err := newInjector(p.Slot)
+	if err != nil {
+		return nil, err
 	}
+	defer injector.Close()
 	var checks []redirect.Check
 	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
 		own := addresses[f]
@@ -53,7 +54,7 @@ func (p Probe) Run(ctx context.Context) ([]redirect.Check, error) {
 			checks = append(checks, redirect.Check{Family: f, Direction: "outbound", OK: true, Detail: "no address of this family: nothing to capture"})
 			continue
 		}
-		c, err := p.family(ctx, f, own, injector, injectErr)
+		c, err := p.family(ctx, f, own, injector)
 		checks = append(checks, c...)
 		if err != nil {
 			return checks, err
@@ -62,7 +63,7 @@ func (p Probe) Run(ctx context.Context) ([]redirect.Check, error) {
 	return checks, nil
 }
 
-func (p Probe) family(ctx context.Context, f redirect.Family, own []ownAddress, injector *injector, injectErr error) ([]redirect.Check, error) {
+func (p Probe) family(ctx context.Context, f redirect.Family, own []ownAddress, injector *injector) ([]redirect.Check, error) {
 	// Open for all proofs: under `open` and `closed` the hooks look for it at every connect.
 	out, err := borrow(f, p.Listeners.Outbound)
 	if err != nil {
@@ -82,7 +83,7 @@ func (p Probe) family(ctx context.Context, f redirect.Family, own []ownAddress, 
 	}
 	for _, a := range own {
 		if a.Neighbour.IsValid() {
-			checks = append(checks, p.inbound(ctx, f, a, in, injector, injectErr))
+			checks = append(checks, p.inbound(ctx, f, a, in, injector))
 		}
 	}
 	return checks, nil
@@ -120,11 +121,8 @@ func (p Probe) proxys(ctx context.Context, f redirect.Family, own netip.Addr) re
 	return concluded(check, err, "the proxy's own connection is left alone", "the proxy's own connection is captured: it would go round in circles")
 }
 
-func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in *borrowed, injector *injector, injectErr error) redirect.Check {
+func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in *borrowed, injector *injector) redirect.Check {
 	check := redirect.Check{Family: f, Direction: "inbound", Interface: a.Link}
-	if injectErr != nil {
-		return concluded(check, injectErr, "", "")
-	}
 	t := trial{Target: a.Addr, From: a.Neighbour, Ports: p.DialInbound, Borrowed: in, Mark: p.Slot.Mark(config.RoleDial)}
 	t.Before = func(port uint16) error { return injector.Arm(port, a.Index, a.MAC) }
 	err := p.try(ctx, &check, t)
@@ -179,6 +177,11 @@ func (p Probe) try(ctx context.Context, check *redirect.Check, t trial) error {
 		return err
 	}
 	defer unix.Close(sock)
+	// Closed by a reset: a connection from ::1 to a global address whose far end closes first is not ended by TIME_WAIT's
+	// ACK, which Linux loses on the way; it would stay in LAST_ACK for minutes.
+	if err := unix.SetsockoptLinger(sock, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return fmt.Errorf("set SO_LINGER: %w", err)
+	}
 	if t.Before != nil {
 		if err := t.Before(from.Port()); err != nil {
 			return err

@@ -94,6 +94,15 @@ func foundSysctls() ([]string, error) {
 			return values, nil
 		}
 	}
+	ours, _, err := listFilters() // those of killed processes too
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range ours {
+		if len(f.Note.Sysctls) == len(sysctls) {
+			return f.Note.Sysctls, nil
+		}
+	}
 	return readSysctls(), nil
 }
 
