@@ -504,13 +504,14 @@ int pln_in_l3(struct __sk_buff *skb)
 /* ------------------------------------------------------------------ a NIC: out */
 
 /* Attached to the egress of every interface but lo. What carries the mark of a captured connection must reach lo; on its
- * way out, a route or rule of ours was taken away. Dropped, not passed: a capture never becomes a silent bypass. 5.10. */
+ * way out, a route, a rule or an address was taken away. Dropped, not passed: a capture never becomes a silent bypass, of
+ * a connection's beginning or of what is sent on it later, in either direction. 5.10. */
 SEC("tc")
 int pln_out(struct __sk_buff *skb)
 {
 	__u32 role = role_of(skb->mark);
 
-	if (role != ROLE_OUT && role != ROLE_CLOSED && role != ROLE_CLOSED_BOUND)
+	if (role == ROLE_NONE || role == ROLE_PROXY)
 		return TC_ACT_UNSPEC;
 	if (without(CURE_GUARD))
 		return TC_ACT_UNSPEC;

@@ -24,13 +24,23 @@ struct tcp_timewait_sock {
 	struct inet_timewait_sock tw_sk;
 } __attribute__((preserve_access_index));
 
-/* A copy of the SYN is sent behind this packet, and the packet becomes the reset that ends the TIME_WAIT. */
+/* Written into tc_index of the copy, which it keeps on its way round. Nothing else on a packet's way in here uses that. */
+#define COPY 0x504c
+
+/*
+ * A copy of the SYN is sent behind this packet, and the packet becomes the reset that ends the TIME_WAIT. If the copy
+ * meets a TIME_WAIT again, that reset was not heeded (an older timestamp, RFC 7323 section 5.3; tcp_rfc1337; a firewall):
+ * another copy would fare no better, and copies would go round without an end. It becomes a challenge.
+ */
 static __always_inline int kill_time_wait(struct __sk_buff *skb, struct scratch *s, __u64 behind)
 {
 	struct packet *p = &s->p;
-	struct bpf_sock *sk = lookup(skb, p);
+	struct bpf_sock *sk;
 	struct tcp_timewait_sock *tw;
 
+	if (skb->tc_index == COPY)
+		return set_flags(skb, s, TCP_ACK);
+	sk = lookup(skb, p);
 	if (!sk)
 		return -1;
 	tw = bpf_skc_to_tcp_timewait_sock(sk);
@@ -40,6 +50,7 @@ static __always_inline int kill_time_wait(struct __sk_buff *skb, struct scratch 
 	}
 	s->ack = bpf_htonl(tw->tw_sk.__tw_common.skc_tw_rcv_nxt);
 	bpf_sk_release(sk);
+	skb->tc_index = COPY;
 	if (bpf_clone_redirect(skb, skb->ifindex, behind) || set_flags(skb, s, TCP_RST) ||
 	    bpf_l4_csum_replace(skb, p->l4 + TCP_CSUM, p->seq, s->ack, 4))
 		return -1;

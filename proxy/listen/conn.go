@@ -8,7 +8,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -33,6 +35,8 @@ type Conn struct {
 
 	in  input
 	out output
+	// told is set when a send was told of a reset, sending while the system call of a send is under way: see wasReset.
+	told, sending atomic.Bool
 	// tryRecv and trySend, made once: a closure for every call would be an allocation for every call.
 	recvOnce, sendOnce func(fd uintptr) bool
 }
@@ -111,10 +115,21 @@ func (c *Conn) Recv() (data []byte, urgent bool, err error) {
 	switch {
 	case c.in.err != nil:
 		return nil, false, os.NewSyscallError("read", c.in.err)
+	case c.in.n == 0 && c.wasReset():
+		return nil, false, os.NewSyscallError("read", unix.ECONNRESET)
 	case c.in.n == 0:
 		return nil, false, io.EOF
 	}
 	return c.in.buf[:c.in.n], c.in.urgent, nil
+}
+
+// wasReset tells, after a read that returned nothing, a reset from the end of the peer's stream. The kernel tells of a reset
+// once. If it has told a send, a read sees an end, which must not be passed on as one.
+func (c *Conn) wasReset() bool {
+	for c.sending.Load() { // it may have been told, and has not said so yet
+		runtime.Gosched()
+	}
+	return c.told.Load()
 }
 
 // tryRecv holds a buffer only if there was something to read.
@@ -169,10 +184,15 @@ func (c *Conn) trySend(fd uintptr) bool {
 	if c.out.urgent {
 		flags |= unix.MSG_OOB
 	}
+	c.sending.Store(true)
+	defer c.sending.Store(false)
 	for {
 		n, err := unix.SendmsgN(int(fd), c.out.data, nil, nil, flags)
 		if err == unix.EINTR {
 			continue
+		}
+		if err != nil && err != unix.EAGAIN {
+			c.told.Store(true)
 		}
 		c.out.n, c.out.err = max(n, 0), err
 		return true
@@ -180,21 +200,24 @@ func (c *Conn) trySend(fd uintptr) bool {
 }
 
 // Send sends all of data, waiting while the peer does not take it. It returns how much was sent.
-func (c *Conn) Send(data []byte, urgent bool) (int, error) {
-	if !urgent {
-		n, err := c.tcp.Write(data)
-		return n, bare(err)
-	}
-	c.out = output{data: data, urgent: true}
+func (c *Conn) Send(data []byte, urgent bool) (sent int, err error) {
+	c.out = output{data: data, urgent: urgent}
 	defer func() { c.out = output{} }()
-	err := c.raw.Write(func(fd uintptr) bool {
-		c.trySend(fd)
-		return c.out.err != unix.EAGAIN
+	err = c.raw.Write(func(fd uintptr) bool {
+		for len(c.out.data) > 0 {
+			c.trySend(fd)
+			sent += c.out.n
+			c.out.data = c.out.data[c.out.n:]
+			if c.out.err != nil {
+				return c.out.err != unix.EAGAIN
+			}
+		}
+		return true
 	})
 	if err == nil {
 		err = os.NewSyscallError("write", c.out.err)
 	}
-	return c.out.n, bare(err)
+	return sent, bare(err)
 }
 
 // CloseWrite ends our stream towards the peer; the peer's goes on.
