@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/test/testnet"
@@ -60,7 +61,7 @@ func TestWaysToConnect(t *testing.T) {
 				saw := make(chan seen, 1)
 				to := w.start(echo(saw))
 				d := tt.dial
-				d.To, d.Mapped = to.String(), w.name == "out/mapped"
+				d.To, d.Mapped, d.Timeout = to.String(), w.name == "out/mapped", time.Minute
 				c, err := p.app.Dial(d)
 				if err != nil {
 					t.Fatal(err)
@@ -70,7 +71,7 @@ func TestWaysToConnect(t *testing.T) {
 					if err := errors.Join(readExactly(c, "t"), finish(c.TCPConn)); err != nil {
 						t.Fatal(err)
 					}
-					r := p.proxy.waitRecord(t, c.Own)
+					r := p.proxy.waitRecordOf(t, c)
 					if r.Destination != to || r.Sent != 1 || r.Received != 1 || r.Reason != "ok" {
 						t.Errorf("record %+v, want destination %s, a byte each way, reason ok", r, to)
 					}

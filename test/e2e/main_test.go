@@ -22,11 +22,14 @@ var pillionPath, selfPath string
 func TestMain(m *testing.M) {
 	forkedChild()
 	serveAsChild()
-	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp)
+	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp, connectsOp, downloadOp, uploadOp, victimServeOp, victimDialOp)
 	os.Exit(buildAndRun(m))
 }
 
 func buildAndRun(m *testing.M) int {
+	if os.Getenv("GORACE") == "" { // else each program that is built with -race sleeps a second when it ends
+		os.Setenv("GORACE", "atexit_sleep_ms=20")
+	}
 	dir, err := os.MkdirTemp("", "pillion-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -137,7 +137,7 @@ func (p *pod) wentThrough(t *testing.T, w path, c *testnet.Conn, to netip.AddrPo
 	if err := errors.Join(exchange(c, "through the sidecar"), finish(c.TCPConn)); err != nil {
 		t.Fatalf("%s: %v", w.name, err)
 	}
-	r, server := p.proxy.waitRecord(t, c.Own), <-saw
+	r, server := p.proxy.waitRecordOf(t, c), <-saw
 	t.Logf("%-10s client: own %s peer %s | proxy: source %s destination %s upstream %s | server: own %s peer %s",
 		w.name, c.Own, c.Peer, r.Source, r.Destination, r.Upstream, server.own, server.peer)
 	for _, check := range []struct {
@@ -180,7 +180,7 @@ func (p *pod) direct(t *testing.T, w path) {
 	if server := <-saw; server.peer != unmap(c.Own) {
 		t.Errorf("%s: the server's peer is %s, want the client's own socket %s", w.name, server.peer, c.Own)
 	}
-	if p.proxy != nil && p.proxy.has(c.Own) {
+	if p.proxy != nil && p.proxy.hasConn(c) {
 		t.Errorf("%s: the proxy recorded a connection that should not have been captured, from %s", w.name, c.Own)
 	}
 }

@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -224,7 +226,10 @@ func ssh(t *testing.T) service {
 	return service{
 		port: 2222,
 		start: func(t *testing.T, h host, dir string) {
-			if err := os.MkdirAll("/run/sshd", 0o755); err != nil { // compiled into sshd
+			switch err := os.Mkdir("/run/sshd", 0o755); { // the name is compiled into sshd
+			case err == nil:
+				t.Cleanup(func() { os.Remove("/run/sshd") })
+			case !errors.Is(err, fs.ErrExist):
 				t.Fatal(err)
 			}
 			writeFile(t, dir+"/sshd_config", `

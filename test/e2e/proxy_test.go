@@ -145,7 +145,7 @@ func TestDrain(t *testing.T) {
 		t.Errorf("the proxy ended with %v, want 0", err)
 	}
 	for _, o := range all {
-		if r := p.proxy.waitRecord(t, o.c.Own); r.Reason != "ok" {
+		if r := p.proxy.waitRecordOf(t, o.c); r.Reason != "ok" {
 			t.Errorf("%s: record %+v, want reason ok", o.w.name, r)
 		}
 	}
@@ -170,7 +170,7 @@ func TestDrainTimeout(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("%s: read %v, want ECONNRESET", w.name, err)
 			}
-			if r := p.proxy.waitRecord(t, c.Own); r.Reason != "shutdown" {
+			if r := p.proxy.waitRecordOf(t, c); r.Reason != "shutdown" {
 				t.Errorf("%s: record %+v, want reason shutdown", w.name, r)
 			}
 		}()
@@ -205,7 +205,7 @@ func TestConnectionLimit(t *testing.T) {
 	if err == nil {
 		defer third.Close()
 		_, err = third.Read(make([]byte, 1))
-		if r := p.proxy.waitRecord(t, third.Own); r.Reason != "connection_limit" {
+		if r := p.proxy.waitRecordOf(t, third); r.Reason != "connection_limit" {
 			t.Errorf("record %+v, want reason connection_limit", r)
 		}
 	}

@@ -102,7 +102,7 @@ func TestHalfClose(t *testing.T) {
 						if serr := <-served; err != nil || serr != nil {
 							t.Fatalf("client: %v; server: %v", err, serr)
 						}
-						if r := p.proxy.waitRecord(t, c.Own); r.Reason != "ok" || r.Sent != streamSize || r.Received != streamSize {
+						if r := p.proxy.waitRecordOf(t, c); r.Reason != "ok" || r.Sent != streamSize || r.Received != streamSize {
 							t.Errorf("record %+v, want ok and %d bytes each way", r, streamSize)
 						}
 					})
@@ -160,7 +160,7 @@ func TestResetIsPassedOn(t *testing.T) {
 					if err != nil || !errors.Is(rerr, syscall.ECONNRESET) {
 						t.Errorf("write: %v, read: %v, want ECONNRESET", err, rerr)
 					}
-					if r := p.proxy.waitRecord(t, c.Own); r.Reason != "upstream_reset" {
+					if r := p.proxy.waitRecordOf(t, c); r.Reason != "upstream_reset" {
 						t.Errorf("record %+v, want reason upstream_reset", r)
 					}
 				})
@@ -186,7 +186,7 @@ func TestResetIsPassedOn(t *testing.T) {
 					if err := <-got; !errors.Is(err, syscall.ECONNRESET) {
 						t.Errorf("the server read %v, want ECONNRESET", err)
 					}
-					if r := p.proxy.waitRecord(t, c.Own); r.Reason != "client_reset" {
+					if r := p.proxy.waitRecordOf(t, c); r.Reason != "client_reset" {
 						t.Errorf("record %+v, want reason client_reset", r)
 					}
 				})
@@ -269,7 +269,7 @@ func TestClosedPort(t *testing.T) {
 			if err == nil {
 				defer c.Close()
 				_, err = c.Read(make([]byte, 1))
-				if r := p.proxy.waitRecord(t, c.Own); r.Reason != "upstream_connect_refused" || r.Error == "" {
+				if r := p.proxy.waitRecordOf(t, c); r.Reason != "upstream_connect_refused" || r.Error == "" {
 					t.Errorf("record %+v, want reason upstream_connect_refused and an error", r)
 				}
 			}
@@ -296,7 +296,7 @@ func TestBlackHole(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("read: %v, want ECONNRESET", err)
 			}
-			if r := p.proxy.waitRecord(t, c.Own); r.Reason != "upstream_connect_timeout" {
+			if r := p.proxy.waitRecordOf(t, c); r.Reason != "upstream_connect_timeout" {
 				t.Errorf("record %+v, want reason upstream_connect_timeout", r)
 			}
 		})

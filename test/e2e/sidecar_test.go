@@ -146,18 +146,34 @@ func (s *sidecar) records() []record {
 	return all
 }
 
-// waitRecord waits for the record of the connection from source.
+// waitRecord waits for the record of a connection from source. Where many connections are made, a source port may come
+// back: use waitRecordOf.
 func (s *sidecar) waitRecord(t testing.TB, source netip.AddrPort) record {
+	t.Helper()
+	return s.waitRecordThat(t, fmt.Sprintf("the access log has a line for the connection from %s", source), func(r record) bool {
+		return r.Source == unmap(source)
+	})
+}
+
+// waitRecordOf waits for the record of the connection.
+func (s *sidecar) waitRecordOf(t testing.TB, c *testnet.Conn) record {
+	t.Helper()
+	return s.waitRecordThat(t, fmt.Sprintf("the access log has a line for the connection from %s to %s", c.Own, c.Peer), func(r record) bool {
+		return r.Source == unmap(c.Own) && r.Destination == unmap(c.Peer)
+	})
+}
+
+func (s *sidecar) waitRecordThat(t testing.TB, what string, match func(record) bool) record {
 	t.Helper()
 	var found record
 	defer func() {
 		if t.Failed() && found == (record{}) {
-			t.Logf("no record from %s among %+v", source, s.records())
+			t.Logf("no such record among %+v", s.records())
 		}
 	}()
-	testnet.Wait(t, fmt.Sprintf("the access log has a line for the connection from %s", source), func() bool {
+	testnet.Wait(t, what, func() bool {
 		for _, r := range s.records() {
-			if r.Source == unmap(source) {
+			if match(r) {
 				found = r
 				return true
 			}
@@ -169,12 +185,14 @@ func (s *sidecar) waitRecord(t testing.TB, source netip.AddrPort) record {
 
 // has reports whether a connection from source was recorded.
 func (s *sidecar) has(source netip.AddrPort) bool {
-	for _, r := range s.records() {
-		if r.Source == unmap(source) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(s.records(), func(r record) bool { return r.Source == unmap(source) })
+}
+
+// hasConn reports whether the connection was recorded.
+func (s *sidecar) hasConn(c *testnet.Conn) bool {
+	return slices.ContainsFunc(s.records(), func(r record) bool {
+		return r.Source == unmap(c.Own) && r.Destination == unmap(c.Peer)
+	})
 }
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }

@@ -47,8 +47,9 @@ type response struct {
 	ID     uint64          `json:"id"`
 	Result json.RawMessage `json:"result,omitempty"`
 	Error  *RemoteError    `json:"error,omitempty"`
+	Ahead  bool            `json:"ahead,omitempty"` // this message brings the file of the next one, and nothing else
 
-	file *os.File // came with the message
+	file *os.File
 }
 
 // RemoteError is an error of an operation in the agent. It unwraps to the errno, where it was one.
@@ -118,11 +119,16 @@ func (a *Agent) Kill() { a.Cmd.Kill() }
 // readLoop hands responses to their callers, until the agent has ended.
 func (a *Agent) readLoop(done chan struct{}) {
 	defer close(done)
+	var ahead *os.File
 	for {
 		body, file, err := receive(a.conn)
 		var r response
 		if err == nil {
 			err = json.Unmarshal(body, &r)
+		}
+		if err == nil && r.Ahead {
+			ahead = file
+			continue
 		}
 		a.mu.Lock()
 		if err != nil {
@@ -134,7 +140,7 @@ func (a *Agent) readLoop(done chan struct{}) {
 			a.mu.Unlock()
 			return
 		}
-		r.file = file
+		r.file, ahead = ahead, nil
 		ch := a.waiting[r.ID]
 		delete(a.waiting, r.ID)
 		a.mu.Unlock()

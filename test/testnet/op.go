@@ -102,7 +102,7 @@ func agentMain(ops []Operation) error {
 		return err
 	}
 	byName := make(map[string]Operation)
-	for _, op := range append([]Operation{dialOp, listenOp}, ops...) {
+	for _, op := range append([]Operation{dialOp, listenOp, socketOp}, ops...) {
 		byName[op.opName()] = op
 	}
 	uc := conn.(*net.UnixConn)
@@ -143,8 +143,14 @@ func answer(ops map[string]Operation, q request) (response, *os.File) {
 	return r, file
 }
 
-// send writes one response; the agent's own copy of the file is closed.
+// send writes one response. A file goes ahead of it, in a message of its own, so that the agent's copy is closed when the
+// test learns of the file: from then on the test alone decides how long the socket lives.
 func send(c *net.UnixConn, r response, file *os.File) {
+	if file != nil {
+		ahead, _ := json.Marshal(response{ID: r.ID, Ahead: true})
+		_, _, _ = c.WriteMsgUnix(ahead, syscall.UnixRights(int(file.Fd())), nil)
+		file.Close()
+	}
 	body, err := json.Marshal(r)
 	if err == nil && len(body) > maxMessage {
 		err = fmt.Errorf("a result of %d bytes", len(body))
@@ -152,10 +158,5 @@ func send(c *net.UnixConn, r response, file *os.File) {
 	if err != nil {
 		body, _ = json.Marshal(response{ID: r.ID, Error: &RemoteError{Text: err.Error()}})
 	}
-	var oob []byte
-	if file != nil {
-		oob = syscall.UnixRights(int(file.Fd()))
-		defer file.Close()
-	}
-	_, _, _ = c.WriteMsgUnix(body, oob, nil) // fails when the test has ended; so shall we
+	_, _ = c.Write(body) // fails when the test has ended; so shall we
 }

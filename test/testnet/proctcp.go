@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // States of a TCP socket, as the kernel numbers them (include/net/tcp_states.h).
@@ -67,6 +68,7 @@ func (ns *Namespace) WaitSocket(t testing.TB, what string, match func(Socket) bo
 				return true
 			}
 		}
+		time.Sleep(50 * time.Millisecond) // each look makes the kernel walk its whole table of connections: milliseconds of work
 		return false
 	})
 	return found

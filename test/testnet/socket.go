@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +29,7 @@ type Dial struct {
 	FastOpen []byte        // TCP_FASTOPEN_CONNECT: connect at once, and this is the first write
 	Device   string        // SO_BINDTODEVICE
 	Mark     int           // SO_MARK
+	Socket   int           // a socket of the agent's own, of Agent.Socket, in place of a new one; it is connected once
 	Timeout  time.Duration // of the connect; 0: as long as the kernel takes
 }
 
@@ -45,7 +48,8 @@ type names struct {
 
 var (
 	dialOp   = fileOp[Dial, names]{"testnet.dial", dial}
-	listenOp = fileOp[listenArgs, netip.AddrPort]{"testnet.listen", listen}
+	listenOp = fileOp[Listening, netip.AddrPort]{"testnet.listen", listen}
+	socketOp = NewOp("testnet.socket", socket)
 )
 
 // Dial connects from the agent. Closing is the caller's.
@@ -66,11 +70,23 @@ func (a *Agent) Dial(d Dial) (*Conn, error) {
 	return &Conn{TCPConn: c.(*net.TCPConn), Own: n.Own, Peer: n.Peer}, nil
 }
 
-type listenArgs struct{ Network, Addr string }
+// Listening is how an agent listens. The zero value of everything but the first two is the plain case.
+type Listening struct {
+	Network, Addr string
+	Device        string // SO_BINDTODEVICE
+	Mark          int    // SO_MARK
+	MPTCP         bool   // an MPTCP socket, as Go programs make by themselves
+	Keep          bool   // the agent keeps the socket open as well, so that it is found among its descriptors
+}
 
 // Listen listens in the agent's namespace and cgroup, and hands the socket over. See Namespace.Listen.
 func (a *Agent) Listen(network, addr string) (*net.TCPListener, error) {
-	r, err := a.call(listenOp.name, listenArgs{network, addr})
+	return a.ListenAs(Listening{Network: network, Addr: addr})
+}
+
+// ListenAs is Listen, with socket options.
+func (a *Agent) ListenAs(l Listening) (*net.TCPListener, error) {
+	r, err := a.call(listenOp.name, l)
 	if err != nil {
 		return nil, err
 	}
@@ -92,18 +108,37 @@ func (a *Agent) Serve(network, addr string, handler func(*net.TCPConn)) *Server 
 	return Serve(a.t, ln, handler)
 }
 
+// Socket makes a TCP socket of the family (unix.AF_INET, AF_INET6) that the agent keeps, for a Dial later on.
+func (a *Agent) Socket(family int) (int, error) { return socketOp.Call(a, family) }
+
+// socket runs in the agent.
+func socket(family int) (int, error) {
+	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+}
+
 // listen runs in the agent.
-func listen(args listenArgs) (netip.AddrPort, *os.File, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
+func listen(args Listening) (netip.AddrPort, *os.File, error) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		cerr := c.Control(func(fd uintptr) { err = prepare(int(fd), 0, Dial{Device: args.Device, Mark: args.Mark}) })
+		return errors.Join(cerr, err)
+	}}
+	lc.SetMultipathTCP(args.MPTCP)
 	ln, err := lc.Listen(context.Background(), args.Network, args.Addr)
 	if err != nil {
 		return netip.AddrPort{}, nil, err
 	}
-	defer ln.Close()
 	file, err := ln.(*net.TCPListener).File()
+	if args.Keep {
+		kept.Store(ln, nil)
+	} else {
+		ln.Close()
+	}
 	return ln.Addr().(*net.TCPAddr).AddrPort(), file, err
 }
+
+// kept are the listeners that an agent keeps open until it ends.
+var kept sync.Map
 
 // dial runs in the agent. It makes the very system calls that a C program would make; Go's net package has its own ways.
 func dial(d Dial) (names, *os.File, error) {
@@ -122,9 +157,11 @@ func dial(d Dial) (names, *os.File, error) {
 	if d.MPTCP {
 		proto = unix.IPPROTO_MPTCP
 	}
-	fd, err := unix.Socket(family, kind, proto)
-	if err != nil {
-		return names{}, nil, fmt.Errorf("socket: %w", err)
+	fd := d.Socket
+	if fd == 0 {
+		if fd, err = unix.Socket(family, kind, proto); err != nil {
+			return names{}, nil, fmt.Errorf("socket: %w", err)
+		}
 	}
 	n, err := connect(fd, family, to, d)
 	if err != nil {
@@ -264,7 +301,11 @@ func sockaddr(family int, ap netip.AddrPort) unix.Sockaddr {
 	if family == unix.AF_INET {
 		return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
 	}
-	return &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ap.Addr().As16()} // As16 of an IPv4 address is its mapped form
+	sa := &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ap.Addr().As16()} // As16 of an IPv4 address is its mapped form
+	if ifi, err := net.InterfaceByName(ap.Addr().Zone()); err == nil {
+		sa.ZoneId = uint32(ifi.Index)
+	}
+	return sa
 }
 
 func addrPort(sa unix.Sockaddr) netip.AddrPort {
@@ -272,7 +313,11 @@ func addrPort(sa unix.Sockaddr) netip.AddrPort {
 	case *unix.SockaddrInet4:
 		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
 	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+		addr := netip.AddrFrom16(sa.Addr)
+		if ifi, err := net.InterfaceByIndex(int(sa.ZoneId)); err == nil {
+			addr = addr.WithZone(ifi.Name)
+		}
+		return netip.AddrPortFrom(addr, uint16(sa.Port))
 	}
 	return netip.AddrPort{}
 }
