@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint fmt generate image deps clean
+.PHONY: help build demo test soak bench lint fmt generate image deps clean
 
 # sudo hides the usual place of Go.
 export PATH := $(PATH):/usr/local/go/bin
@@ -18,6 +18,9 @@ demo: ## watch it work: curl and nginx, a sidecar beside each, every address tru
 
 test: ## vet and all tests, with the race detector; those that need the kernel want root
 	@scripts/test.sh
+
+soak: ## ten minutes of everything at random, with checked invariants (root)
+	@scripts/soak.sh
 
 bench: ## connection set-up through Pillion beside direct and iptables REDIRECT, as ratios (root)
 	@scripts/deps.sh bench
