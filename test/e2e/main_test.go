@@ -22,7 +22,7 @@ var pillionPath, selfPath string
 func TestMain(m *testing.M) {
 	forkedChild()
 	serveAsChild()
-	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp, connectsOp, downloadOp, uploadOp, victimServeOp, victimDialOp)
+	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp, connectsOp, downloadOp, uploadOp, victimServeOp, victimDialOp, tryOp)
 	os.Exit(buildAndRun(m))
 }
 
