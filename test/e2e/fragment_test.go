@@ -24,8 +24,12 @@ func TestFragmentedSYN(t *testing.T) {
 		cut      int // bytes of TCP in the first fragment; 0: not fragmented
 	}
 	all := []syn{
-		{client4, pod4, 8}, {client4, pod4, 16}, {client4, pod4, 24},
-		{client6, pod6, 8}, {client6, pod6, 16}, {client6, pod6, 24},
+		{client4, pod4, 8},
+		{client4, pod4, 16},
+		{client4, pod4, 24},
+		{client6, pod6, 8},
+		{client6, pod6, 16},
+		{client6, pod6, 24},
 	}
 	for _, without := range []string{"", "fragment"} {
 		name := "with the cure"

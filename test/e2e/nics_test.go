@@ -277,9 +277,6 @@ func pick[T any](w path, v4, v6 T) T {
 func (p *pod) outs() []path { return p.paths()[:3] }
 func (p *pod) ins() []path  { return p.paths()[3:] }
 
-// roleMark is what an app would set to look like a part of the capture of slot 0.
-func roleMark(r config.Role) int { return int(config.Slot(0).Mark(r)) }
-
 func parseAddr(s string) net.IP { return net.ParseIP(s) }
 
 func cidr(t testing.TB, s string) *net.IPNet {

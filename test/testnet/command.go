@@ -95,7 +95,7 @@ func (c *Cmd) reap() {
 // enter gives the calling thread what the command inherits.
 func (c *Cmd) enter() error {
 	if c.ns != nil {
-		if err := unix.Setns(int(c.ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		if err := unix.Setns(c.ns.fd, unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter namespace %s: %w", c.ns.Name, err)
 		}
 	}

@@ -25,6 +25,7 @@ type Namespace struct {
 
 	t    testing.TB
 	file *os.File // of type nsfs
+	fd   int      // of file; read by goroutines that a test left hanging, so never written again
 	nl   *netlink.Handle
 }
 
@@ -37,6 +38,7 @@ func (n *Net) Namespace(label string) *Namespace {
 	if err != nil {
 		n.t.Fatalf("testnet: namespace %s: %v", ns.Name, err)
 	}
+	ns.fd = int(ns.file.Fd())
 	n.t.Cleanup(func() {
 		ns.nl.Close()
 		if err := errors.Join(ns.file.Close(), unmountNamespace(ns.Path())); err != nil {
@@ -44,7 +46,7 @@ func (n *Net) Namespace(label string) *Namespace {
 		}
 	})
 	// netlink.NewHandleAt enters the namespace itself; its own socket stays there.
-	if ns.nl, err = netlink.NewHandleAt(netns.NsHandle(ns.file.Fd())); err != nil {
+	if ns.nl, err = netlink.NewHandleAt(netns.NsHandle(ns.fd)); err != nil {
 		n.t.Fatalf("testnet: netlink of namespace %s: %v", ns.Name, err)
 	}
 	for _, which := range []string{"all", "default"} {
@@ -97,7 +99,7 @@ func (ns *Namespace) Do(f func()) {
 	runtime.LockOSThread()
 	before, err := os.Open("/proc/thread-self/ns/net")
 	if err == nil {
-		err = unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET)
+		err = unix.Setns(ns.fd, unix.CLONE_NEWNET)
 	}
 	if err != nil {
 		runtime.UnlockOSThread()
