@@ -11,7 +11,6 @@ import (
 	"testing"
 	"unsafe"
 
-	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/test/testnet"
 	"github.com/vishvananda/netlink"
