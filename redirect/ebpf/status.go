@@ -102,7 +102,7 @@ func inspectHooks(r redirect.Report, n note) []redirect.Item {
 			case qerr != nil:
 				item.State, item.Detail = redirect.StateUnknown, qerr.Error()
 			case i >= len(n.Hooks) || !slices.Contains(ids, n.Hooks[i]):
-				item.State, item.Detail = redirect.StateMissing, "detached: connections pass uncaptured; run `pillion init` again"
+				item.State, item.Detail = redirect.StateMissing, "detached: connections pass uncaptured; run `pillion init` again, which takes CAP_SYS_ADMIN for this"
 			}
 		}
 		items = append(items, item)
@@ -116,7 +116,7 @@ func inspectFilters(want []redirect.Filter, mine []attached) []redirect.Item {
 	for _, f := range want {
 		item := redirect.Item{Kind: "filter", Name: f.Link + " " + f.Direction(), State: redirect.StateOK, Detail: f.Why}
 		if _, ok := have.filterAt(f); !ok {
-			item.State, item.Detail = redirect.StateMissing, "this interface is not captured; run `pillion init` again"
+			item.State, item.Detail = redirect.StateMissing, "this interface is not captured; run `pillion init` again, which takes CAP_SYS_ADMIN for this"
 		}
 		items = append(items, item)
 	}
