@@ -94,12 +94,12 @@ func (c *Capture) mend(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.in.changed = nil
+	c.in.Changed = nil
 	c.in.plan = Plan(c.in.plan.Policy, host, redirect.Held)
 	found, err := foundSysctls()
 	if err != nil {
 		return nil, err
 	}
 	err = errors.Join(c.in.holdFilters(), c.in.sysctls(found), c.in.routes(), c.in.rules())
-	return c.in.changed, err
+	return c.in.Changed, err
 }

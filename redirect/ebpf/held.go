@@ -15,7 +15,6 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
-	"github.com/pillionproxy/pillion/redirect/route"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,9 +37,9 @@ func Hold(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Captur
 		return nil, err
 	}
 	in := &installer{plan: plan, dir: dir, objects: objects}
-	in.undo = append(in.undo, func() error { objects.Close(); return nil })
+	in.OnRollback(func() error { objects.Close(); return nil })
 	if err := in.hold(); err != nil {
-		return nil, errors.Join(err, in.rollback())
+		return nil, errors.Join(err, in.Rollback())
 	}
 	return &Capture{in: in, counters: objects.Maps[bpf.CaptureMapCounters]}, nil
 }
@@ -54,10 +53,10 @@ func (c *Capture) Close() error {
 	defer cancel()
 	release, err := redirect.Lock(ctx)
 	if err != nil {
-		return errors.Join(err, c.in.rollback())
+		return errors.Join(err, c.in.Rollback())
 	}
 	defer release()
-	return c.in.rollback()
+	return c.in.Rollback()
 }
 
 func (in *installer) hold() error {
@@ -69,10 +68,10 @@ func (in *installer) hold() error {
 	if err != nil {
 		return err
 	}
-	in.undo = append(in.undo, slot.Close)
+	in.OnRollback(slot.Close)
 	in.found = found
 	// Whoever is the last to go gives the sysctls back, not whoever changed them.
-	in.undo = append(in.undo, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
+	in.OnRollback(func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
 	for _, step := range []func() error{
 		in.holdFilters,
 		func() error { return in.sysctls(found) },
@@ -116,8 +115,8 @@ func (in *installer) holdFilters() error {
 			in.held = make(map[heldFilter]bool)
 		}
 		in.held[key] = true
-		in.changed = append(in.changed, fmt.Sprintf("filter %s %s", f.Link, f.Direction()))
-		in.undo = append(in.undo, l.Close)
+		in.Changed = append(in.Changed, fmt.Sprintf("filter %s %s", f.Link, f.Direction()))
+		in.OnRollback(l.Close)
 	}
 	return nil
 }
@@ -146,7 +145,7 @@ func (in *installer) holdHooks() error {
 		if err != nil {
 			return err
 		}
-		in.did("hook "+h.Attach, l.Close)
+		in.Did("hook "+h.Attach, l.Close)
 	}
 	return nil
 }
@@ -167,33 +166,16 @@ func sweep() error {
 		if _, ok := used[slot]; ok {
 			continue
 		}
-		left, err := leftovers(slot)
+		left, err := redirect.HasRouting(slot)
 		if err != nil {
 			return err
 		}
 		if left {
-			errs = append(errs, removeFilters(slot), removeRules(slot), removeRoutes(slot))
+			errs = append(errs, removeFilters(slot), redirect.RemoveRouting(slot))
 		}
 	}
 	if len(used) == 0 {
-		errs = append(errs, restoreSysctls(found))
+		errs = append(errs, redirect.RestoreSysctls(sysctls, found))
 	}
 	return errors.Join(errs...)
-}
-
-// leftovers reports whether a rule of the slot is there. Rules are made last and removed first.
-func leftovers(slot config.Slot) (bool, error) {
-	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
-		want := rules(slot, f)
-		have, err := route.Rules(family(f), slot.RulePriority(), slot.RulePriority()+len(want)-1)
-		if err != nil {
-			return false, err
-		}
-		for _, r := range want {
-			if slices.Contains(have, netRule(r)) {
-				return true, nil
-			}
-		}
-	}
-	return false, nil
 }

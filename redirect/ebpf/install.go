@@ -12,7 +12,6 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
-	"github.com/pillionproxy/pillion/redirect/route"
 	"golang.org/x/sys/unix"
 )
 
@@ -50,9 +49,9 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, o Options) (*Installation, err
 	in := &installer{plan: plan, dir: dir}
 	if old.complete() && old.note.Plan == hash && old.hasFilters(plan.Filters) {
 		if err := in.mend(); err != nil {
-			return nil, errors.Join(err, in.rollback())
+			return nil, errors.Join(err, in.Rollback())
 		}
-		return &Installation{Outcome: Outcome{Changed: in.changed}, in: in}, nil
+		return &Installation{Outcome: Outcome{Changed: in.Changed}, in: in}, nil
 	}
 	if old.captures {
 		if err := detachable(dir, old.attached); err != nil {
@@ -69,15 +68,15 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, o Options) (*Installation, err
 	if in.objects, err = load(plan.Policy, o.Without, makers); err != nil {
 		return nil, err
 	}
-	in.undo = append(in.undo, func() error { in.objects.Close(); return nil })
+	in.OnRollback(func() error { in.objects.Close(); return nil })
 	if err := in.replace(old, hash); err != nil {
-		return nil, errors.Join(err, in.rollback())
+		return nil, errors.Join(err, in.Rollback())
 	}
 	err = adopt(dir, in.objects.Maps[bpf.CaptureMapMakers], plan.Policy.ProxyUID)
 	if err != nil && !o.IgnoreOpenListeners {
-		return nil, errors.Join(err, in.rollback())
+		return nil, errors.Join(err, in.Rollback())
 	}
-	return &Installation{Outcome: Outcome{Changed: in.changed, Replaced: old.captures}, in: in, old: old}, nil
+	return &Installation{Outcome: Outcome{Changed: in.Changed, Replaced: old.captures}, in: in, old: old}, nil
 }
 
 // Commit makes the installation final: what it replaced goes.
@@ -92,7 +91,7 @@ func (i *Installation) Commit() error {
 }
 
 // Rollback leaves the host as it was before Install.
-func (i *Installation) Rollback() error { return i.in.rollback() }
+func (i *Installation) Rollback() error { return i.in.Rollback() }
 
 // previous is what was found of a capture in the slot.
 type previous struct {
@@ -171,41 +170,14 @@ func (p previous) makers() (*ebpf.Map, error) {
 	return mapOf(p.attached[len(p.attached)-1], bpf.CaptureMapMakers)
 }
 
-// installer carries one installation: every change that succeeds leaves its undoing.
+// installer carries one installation.
 type installer struct {
+	redirect.Journal
 	plan    redirect.Plan
 	dir     *cgroup.Dir
 	objects *ebpf.Collection
-	changed []string
-	undo    []func() error
-	undoes  map[string]bool     // what undo covers
 	held    map[heldFilter]bool // filters attached by links
 	found   []string            // sysctls from before any capture, for the notes of a Held plan
-}
-
-// did notes a change and how to undo it. What is done a second time, because somebody undid it, is undone once.
-func (in *installer) did(what string, undo func() error) {
-	in.changed = append(in.changed, what)
-	if in.undoes[what] {
-		return
-	}
-	if in.undoes == nil {
-		in.undoes = make(map[string]bool)
-	}
-	in.undoes[what] = true
-	in.undo = append(in.undo, undo)
-}
-
-// rollback undoes everything, last first. It goes on after an error and reports them all.
-func (in *installer) rollback() error {
-	var errs []error
-	for _, undo := range slices.Backward(in.undo) {
-		if err := undo(); err != nil {
-			errs = append(errs, fmt.Errorf("undo: %w", err))
-		}
-	}
-	in.undo = nil
-	return errors.Join(errs...)
 }
 
 // mend adds what is missing of a capture whose programs are all in place.
@@ -283,9 +255,9 @@ func (in *installer) filters(n note, old previous) error {
 			return err
 		}
 		if !had {
-			in.undo = append(in.undo, func() error { return delClsact(f.Index) })
+			in.OnRollback(func() error { return delClsact(f.Index) })
 		}
-		in.did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
+		in.Did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
 			if was, ok := old.filterAt(f); ok {
 				return putBack(f, was)
 			}
@@ -309,48 +281,12 @@ func putBack(f redirect.Filter, was attached) error {
 }
 
 func (in *installer) sysctls(found []string) error {
-	for _, s := range in.plan.Sysctls {
-		changed, err := setSysctl(s)
-		if err != nil {
-			return err
-		}
-		if changed {
-			in.did("sysctl "+s.Name, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
-		}
-	}
-	return nil
+	return in.Sysctls(in.plan.Sysctls, func() error { return restoreUnlessUsed(in.plan.Policy.Slot, found) })
 }
 
-func (in *installer) routes() error {
-	for _, r := range in.plan.Routes {
-		n := netRoute(r)
-		added, err := route.AddRoute(n)
-		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) {
-			continue // the interface went away since the plan was made
-		}
-		if err != nil {
-			return routeFault(err)
-		}
-		if added {
-			in.did(fmt.Sprintf("IPv%d route of table %d dev %s", r.Family, r.Table, r.Link), func() error { return route.DelRoute(n) })
-		}
-	}
-	return nil
-}
+func (in *installer) routes() error { return in.Routes(in.plan.Routes) }
 
-func (in *installer) rules() error {
-	for _, r := range in.plan.Rules {
-		n := netRule(r)
-		added, err := route.AddRule(n)
-		if err != nil {
-			return routeFault(err)
-		}
-		if added {
-			in.did(fmt.Sprintf("IPv%d rule %d", r.Family, r.Priority), func() error { return route.DelRule(n) })
-		}
-	}
-	return nil
-}
+func (in *installer) rules() error { return in.Rules(in.plan.Rules) }
 
 func (in *installer) hooks() error {
 	for _, h := range in.plan.Hooks {
@@ -358,29 +294,7 @@ func (in *installer) hooks() error {
 		if err := attachHook(in.dir, h, p); err != nil {
 			return err
 		}
-		in.did("hook "+h.Attach, func() error { return detachOwn(in.dir, h, p) })
+		in.Did("hook "+h.Attach, func() error { return detachOwn(in.dir, h, p) })
 	}
 	return nil
-}
-
-func routeFault(err error) error {
-	if errors.Is(err, unix.EPERM) {
-		return &config.Fault{Err: err, Hint: "it takes CAP_NET_ADMIN in the network namespace", Exit: config.ExitNoPerm}
-	}
-	return err
-}
-
-func family(f redirect.Family) int {
-	if f == redirect.IPv6 {
-		return unix.AF_INET6
-	}
-	return unix.AF_INET
-}
-
-func netRoute(r redirect.Route) route.Route {
-	return route.Route{Family: family(r.Family), Table: r.Table, Index: r.Index, Metric: r.Metric}
-}
-
-func netRule(r redirect.Rule) route.Rule {
-	return route.Rule{Family: family(r.Family), Priority: r.Priority, Mark: r.Mark, Mask: r.Mask, Ports: r.Ports, Table: r.Table}
 }

@@ -7,14 +7,12 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
-	"github.com/pillionproxy/pillion/redirect"
 )
 
 // note is what an installer leaves behind for whoever comes later: which capture this is, and what the host was like
@@ -122,48 +120,4 @@ func programNames[V any](programs map[string]V) []string {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// readSysctls reads the present values, "" where a parameter does not exist.
-func readSysctls() []string {
-	values := make([]string, len(sysctls))
-	for i, s := range sysctls {
-		if b, err := os.ReadFile(s.Path()); err == nil {
-			values[i] = strings.TrimSpace(string(b))
-		}
-	}
-	return values
-}
-
-// restoreSysctls gives back the values found before the capture, where the parameter still reads as the capture left it.
-func restoreSysctls(found []string) error {
-	now := readSysctls()
-	for i, s := range sysctls {
-		if i >= len(found) || found[i] == "" || found[i] == s.Value || now[i] != s.Value {
-			continue
-		}
-		if err := os.WriteFile(s.Path(), []byte(found[i]), 0); err != nil {
-			return fmt.Errorf("restore %s=%s: %w", s.Name, found[i], err)
-		}
-	}
-	return nil
-}
-
-// setSysctl gives a parameter its value; changed is false where it had it.
-func setSysctl(s redirect.Sysctl) (changed bool, err error) {
-	b, err := os.ReadFile(s.Path())
-	if err != nil {
-		return false, fmt.Errorf("read %s: %w", s.Name, err)
-	}
-	if strings.TrimSpace(string(b)) == s.Value {
-		return false, nil
-	}
-	if err := os.WriteFile(s.Path(), []byte(s.Value), 0); err != nil {
-		return false, &config.Fault{
-			Err:  fmt.Errorf("set %s=%s: %w", s.Name, s.Value, err),
-			Hint: "connections would hang without it; mount /proc/sys writable (privileged container), or set it as a sysctl of the pod",
-			Exit: config.ExitUnavailable,
-		}
-	}
-	return true, nil
 }

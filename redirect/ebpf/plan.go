@@ -34,12 +34,6 @@ var sysctls = []redirect.Sysctl{
 	{Name: "net.ipv4.tcp_rfc1337", Value: "0", Why: "TIME_WAIT heeds resets, else a source port used again hangs for a minute"},
 }
 
-// Metrics of the routes in the capture table. Unbound sockets take the lowest: lo.
-const (
-	metricLoopback = 1
-	metricDevice   = 1024 // plus the interface index
-)
-
 // Plan says what this backend does for a policy on a host.
 func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime) redirect.Plan {
 	p := redirect.Plan{Backend: Name, Lifetime: lifetime, Policy: policy, CgroupID: host.CgroupID, Hooks: hooks}
@@ -56,10 +50,10 @@ func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime)
 		families = append(families, redirect.IPv6)
 	}
 	for _, f := range families {
-		p.Routes = append(p.Routes, routes(policy.Slot, f, host.Interfaces)...)
+		p.Routes = append(p.Routes, redirect.MarkRoutes(policy.Slot, f, host.Interfaces)...)
 	}
 	for _, f := range families {
-		p.Rules = append(p.Rules, rules(policy.Slot, f)...)
+		p.Rules = append(p.Rules, redirect.MarkRules(policy.Slot, f)...)
 		if host.FixedSysctls {
 			p.Rules = append(p.Rules, portRule(policy.Shared, f))
 		}
@@ -77,7 +71,7 @@ func portRule(s config.Shared, family redirect.Family) redirect.Rule {
 	}
 }
 
-// portRuleOffset is the place of the port rule in the slot's block, behind those of rules.
+// portRuleOffset is the place of the port rule in the slot's block, behind those of MarkRules.
 const portRuleOffset = 7
 
 func filters(i redirect.Interface) []redirect.Filter {
@@ -89,37 +83,4 @@ func filters(i redirect.Interface) []redirect.Filter {
 		in.Program = bpf.CaptureProgPlnInL3
 	}
 	return []redirect.Filter{in, {Link: i.Name, Index: i.Index, Egress: true, Program: bpf.CaptureProgPlnOut, Why: "what is marked never leaves"}}
-}
-
-func routes(slot config.Slot, family redirect.Family, interfaces []redirect.Interface) []redirect.Route {
-	var rs []redirect.Route
-	for _, i := range interfaces {
-		if !i.Up || family == redirect.IPv6 && !i.IPv6 {
-			continue
-		}
-		r := redirect.Route{Family: family, Table: slot.TableCapture(), Link: i.Name, Index: i.Index, Metric: metricDevice + i.Index, Why: "the same for sockets bound to " + i.Name}
-		if i.Loopback {
-			r.Metric, r.Why = metricLoopback, "marked packets are delivered on this host"
-		}
-		rs = append(rs, r)
-	}
-	return append(rs, redirect.Route{Family: family, Table: slot.TableClosed(), Metric: 1, Why: "policy closed: the connection fails at once"})
-}
-
-func rules(slot config.Slot, family redirect.Family) []redirect.Rule {
-	mask := slot.Mask()
-	dials := slot.Mark(6) // the two bits in which RoleDial and RoleDialReply agree
-	rules := []redirect.Rule{
-		{Mark: slot.Mark(config.RoleOut), Mask: mask, Table: slot.TableCapture(), Why: "the app's connections"},
-		{Mark: slot.Mark(config.RoleDial), Mask: dials, Table: slot.TableCapture(), Why: "the proxy's dials in a client's name, and the answers"},
-		{Mark: slot.Mark(config.RoleClosed), Mask: mask, Table: slot.TableClosed(), Why: "refused by policy"},
-		{Mark: slot.Mark(config.RoleClosedBound), Mask: mask, Table: slot.TableCapture(), Why: "refused by policy, bound to a device: reset on lo"},
-		{Mark: slot.Mark(config.RoleOut), Mask: mask, Why: "guard: should the route be gone"},
-		{Mark: slot.Mark(config.RoleClosed), Mask: mask, Why: "guard"},
-		{Mark: slot.Mark(config.RoleClosedBound), Mask: mask, Why: "guard"},
-	}
-	for i := range rules {
-		rules[i].Family, rules[i].Priority = family, slot.RulePriority()+i
-	}
-	return rules
 }

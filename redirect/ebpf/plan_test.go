@@ -86,7 +86,7 @@ func TestSlotsDoNotOverlap(t *testing.T) {
 			}
 			tables[table] = true
 		}
-		for _, r := range rules(s, redirect.IPv4) {
+		for _, r := range redirect.MarkRules(s, redirect.IPv4) {
 			if priorities[r.Priority] || r.Priority >= 32766 {
 				t.Errorf("slot %d: rule priority %d is in use", s, r.Priority)
 			}

@@ -10,8 +10,6 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
-	"github.com/pillionproxy/pillion/redirect/route"
-	"golang.org/x/sys/unix"
 )
 
 // ErrNotInstalled says that there is nothing to remove.
@@ -66,7 +64,7 @@ func removeSlot(slot config.Slot) error {
 		}
 	}
 	return errors.Join(
-		removeRules(slot), removeRoutes(slot),
+		redirect.RemoveRouting(slot),
 		restoreUnlessUsed(slot, found),
 		removeFilters(slot), // with them goes the note of what was there before
 	)
@@ -91,40 +89,6 @@ func removeFilters(slot config.Slot) error {
 			errs = append(errs, delClsact(f.Index)) // and our filters with it, at once
 		default:
 			errs = append(errs, delFilter(slot, f.Index, f.Egress))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func removeRules(slot config.Slot) error {
-	var errs []error
-	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
-		for _, r := range rules(slot, f) {
-			errs = append(errs, route.DelRule(netRule(r)))
-		}
-		have, err := route.Rules(family(f), slot.RulePriority()+portRuleOffset, slot.RulePriority()+portRuleOffset)
-		if errors.Is(err, unix.EAFNOSUPPORT) {
-			continue
-		}
-		errs = append(errs, err)
-		for _, r := range have {
-			if r.Table == slot.TableCapture() && r.Ports != (config.PortRange{}) {
-				errs = append(errs, route.DelRule(r))
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func removeRoutes(slot config.Slot) error {
-	var errs []error
-	for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
-		for _, table := range []int{slot.TableCapture(), slot.TableClosed()} {
-			rs, err := route.Routes(f, table)
-			errs = append(errs, err)
-			for _, r := range rs {
-				errs = append(errs, route.DelRoute(r))
-			}
 		}
 	}
 	return errors.Join(errs...)

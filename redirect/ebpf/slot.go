@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
 )
 
 // A Held capture leaves no note on the host; while its process lives, an abstract Unix address tells the others that its
@@ -103,7 +104,7 @@ func foundSysctls() ([]string, error) {
 			return f.Note.Sysctls, nil
 		}
 	}
-	return readSysctls(), nil
+	return redirect.ReadSysctls(sysctls), nil
 }
 
 // restoreUnlessUsed gives the sysctls back if no capture but that of the slot needs them.
@@ -117,5 +118,5 @@ func restoreUnlessUsed(slot config.Slot, found []string) error {
 			return nil
 		}
 	}
-	return restoreSysctls(found)
+	return redirect.RestoreSysctls(sysctls, found)
 }

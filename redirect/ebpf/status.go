@@ -11,7 +11,6 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
-	"github.com/pillionproxy/pillion/redirect/route"
 )
 
 // Inspect reports every capture of this network namespace, by slot. It changes nothing and needs no capability, but for
@@ -70,13 +69,11 @@ func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (
 			m.Close()
 		}
 	}
-	for _, inspect := range []func(redirect.Plan) ([]redirect.Item, error){inspectSysctls, inspectRoutes, inspectRules} {
-		items, err := inspect(plan)
-		if err != nil {
-			return r, err
-		}
-		r.Items = append(r.Items, items...)
+	items, err := plan.InspectRouting()
+	if err != nil {
+		return r, err
 	}
+	r.Items = append(r.Items, items...)
 	r.Items = append(r.Items, inspectPacketSockets()...)
 	return r, nil
 }
@@ -121,51 +118,6 @@ func inspectFilters(want []redirect.Filter, mine []attached) []redirect.Item {
 		items = append(items, item)
 	}
 	return items
-}
-
-func inspectSysctls(p redirect.Plan) ([]redirect.Item, error) {
-	now := readSysctls()
-	var items []redirect.Item
-	for _, s := range p.Sysctls {
-		item := redirect.Item{Kind: "sysctl", Name: s.Name, State: redirect.StateOK, Detail: s.Why}
-		if i := slices.IndexFunc(sysctls, func(o redirect.Sysctl) bool { return o.Name == s.Name }); now[i] != s.Value {
-			item.State, item.Detail = redirect.StateWrong, fmt.Sprintf("reads %q, must be %s", now[i], s.Value)
-		}
-		items = append(items, item)
-	}
-	return items, nil
-}
-
-func inspectRoutes(p redirect.Plan) ([]redirect.Item, error) {
-	var items []redirect.Item
-	for _, r := range p.Routes {
-		have, err := route.Routes(family(r.Family), r.Table)
-		if err != nil {
-			return nil, err
-		}
-		item := redirect.Item{Kind: "route", Name: fmt.Sprintf("IPv%d table %d %s", r.Family, r.Table, r.Link), State: redirect.StateOK, Detail: r.Why}
-		if !slices.Contains(have, netRoute(r)) {
-			item.State, item.Detail = redirect.StateMissing, "run `pillion init` again"
-		}
-		items = append(items, item)
-	}
-	return items, nil
-}
-
-func inspectRules(p redirect.Plan) ([]redirect.Item, error) {
-	var items []redirect.Item
-	for _, r := range p.Rules {
-		have, err := route.Rules(family(r.Family), r.Priority, r.Priority)
-		if err != nil {
-			return nil, err
-		}
-		item := redirect.Item{Kind: "rule", Name: fmt.Sprintf("IPv%d %d", r.Family, r.Priority), State: redirect.StateOK, Detail: r.Why}
-		if !slices.Contains(have, netRule(r)) {
-			item.State, item.Detail = redirect.StateMissing, "run `pillion init` again"
-		}
-		items = append(items, item)
-	}
-	return items, nil
 }
 
 func inspectProxy(n note) []redirect.Item {
