@@ -146,7 +146,7 @@ func (c *Conn) tryRecv(fd uintptr) bool {
 	}
 	for {
 		c.in.n, c.in.err = unix.Read(int(fd), p)
-		if c.in.err != unix.EINTR {
+		if c.in.err != unix.EINTR && (c.in.err != unix.EAGAIN || !putOff(fd)) {
 			break
 		}
 	}
@@ -156,6 +156,18 @@ func (c *Conn) tryRecv(fd uintptr) bool {
 	}
 	buffers.Put(buf)
 	return c.in.err != unix.EAGAIN
+}
+
+// putOff reports whether a read that found nothing has to be tried again. At the urgent byte, a read says EAGAIN while a
+// signal is pending, whatever there is to read (tcp_recvmsg_locked in net/ipv4/tcp.c), and Go's scheduler sends signals all
+// the time. Nothing would wake us a second time for what is there already.
+func putOff(fd uintptr) bool {
+	if at, err := unix.IoctlGetUint32(int(fd), unix.SIOCATMARK); err != nil || at == 0 {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == unix.EINTR || n > 0
 }
 
 // Release gives back what Recv returned.

@@ -219,12 +219,16 @@ func (s *streamSide) send(n int64, seed uint64) error {
 // receive reads to the end, or limit bytes if that is not negative, and checks each byte.
 func (s *streamSide) receive(limit int64, seed uint64, slow bool) error {
 	b, want := make([]byte, 64<<10), make([]byte, 64<<10)
+	from := io.Reader(s.c)
+	if s.plan.Urgent {
+		from = pastUrgent{s.c}
+	}
 	if slow {
 		b = b[:4<<10]
 	}
 	for at := int64(0); limit < 0 || at < limit; {
 		s.note("receiving", 0, 0)
-		n, err := s.c.Read(b)
+		n, err := from.Read(b)
 		content(want[:n], seed, at)
 		if !bytes.Equal(b[:n], want[:n]) {
 			i := 0
