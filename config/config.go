@@ -85,6 +85,7 @@ type Capture struct {
 	OnProxyDown        FailureMode `json:"on_proxy_down"`         // outbound
 	OnProxyDownInbound FailureMode `json:"on_proxy_down_inbound"` // inbound
 	ProxyUID           uint32      `json:"proxy_uid"`             // sockets made by this user are the proxy's
+	Selection          Selection   `json:"selection,omitzero"`    // which of the connections
 }
 
 // DefaultCapture holds outbound and inbound connections until the proxy is up.
@@ -96,7 +97,7 @@ func (c Capture) Validate() error {
 	if c.ProxyUID == 0 {
 		errs = append(errs, errors.New("--proxy-uid 0: root cannot be the proxy's user inside the captured cgroup: every root process would pass uncaptured"))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.Selection.problems()...)...)
 }
 
 // Proxy configures the sidecar itself.

@@ -50,13 +50,13 @@ func TestFlagValues(t *testing.T) {
 			t.Errorf("%q is read as %s", s, m)
 		}
 	}
-	for _, s := range []string{"1-65535", "20000-26999", "7-7"} {
+	for _, s := range []string{"1-65535", "20000-26999", "7"} {
 		var r PortRange
 		if err := r.Set(s); err != nil || r.String() != s {
 			t.Errorf("%s is read as %s (%v)", s, r, err)
 		}
 	}
-	for _, s := range []string{"", "1", "0-5", "5-4", "1-65536", "-1-5", "a-b", "1-2-3"} {
+	for _, s := range []string{"", "0", "0-5", "5-4", "1-65536", "-1-5", "a-b", "1-2-3"} {
 		var r PortRange
 		if err := r.Set(s); err == nil {
 			t.Errorf("%q is read as %s", s, r)

@@ -4,8 +4,8 @@ package config
 
 import (
 	"fmt"
+	"math"
 	"strconv"
-	"strings"
 )
 
 // FailureMode says what becomes of a new connection while no proxy listens. It is a flag value.
@@ -50,18 +50,18 @@ func (m *FailureMode) UnmarshalText(b []byte) error { return m.Set(string(b)) }
 // PortRange is an inclusive range of ports. It is a flag value, written FIRST-LAST.
 type PortRange struct{ First, Last uint16 }
 
-func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
-
-// Set parses FIRST-LAST.
-func (r *PortRange) Set(s string) error {
-	a, b, ok := strings.Cut(s, "-")
-	first, err1 := strconv.ParseUint(strings.TrimSpace(a), 10, 16)
-	last, err2 := strconv.ParseUint(strings.TrimSpace(b), 10, 16)
-	if !ok || err1 != nil || err2 != nil {
-		return fmt.Errorf("%q is not a port range: write FIRST-LAST, each from 1 to 65535", s)
+func (r PortRange) String() string {
+	if r.First == r.Last {
+		return strconv.Itoa(int(r.First))
 	}
-	if first == 0 || last < first {
-		return fmt.Errorf("%q is not a port range: FIRST must be at least 1 and at most LAST", s)
+	return fmt.Sprintf("%d-%d", r.First, r.Last)
+}
+
+// Set parses FIRST-LAST, or one port. Port 0 cannot be bound to, so it is none of a range of ports to use.
+func (r *PortRange) Set(s string) error {
+	first, last, err := bounds(s, math.MaxUint16)
+	if err != nil || first == 0 {
+		return fmt.Errorf("%q is not a port range: write FIRST-LAST, from 1 to 65535", s)
 	}
 	r.First, r.Last = uint16(first), uint16(last)
 	return nil
@@ -70,11 +70,15 @@ func (r *PortRange) Set(s string) error {
 // Type names the value in help texts.
 func (r *PortRange) Type() string { return "first-last" }
 
-// MarshalText writes FIRST-LAST, for JSON.
+// MarshalText writes FIRST-LAST, or the one port, for JSON.
 func (r PortRange) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
 // UnmarshalText reads what MarshalText wrote.
-func (r *PortRange) UnmarshalText(b []byte) error { return r.Set(string(b)) }
+func (r *PortRange) UnmarshalText(b []byte) error {
+	first, last, err := bounds(string(b), math.MaxUint16)
+	*r = PortRange{uint16(first), uint16(last)}
+	return err
+}
 
 // Contains reports whether the port lies in the range.
 func (r PortRange) Contains(port uint16) bool { return port >= r.First && port <= r.Last }

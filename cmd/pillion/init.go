@@ -76,6 +76,7 @@ func captureFlags(f *pflag.FlagSet, p *config.Capture) {
 	f.Uint32Var(&p.ProxyUID, "proxy-uid", p.ProxyUID, "user of the proxy inside the cgroup; its sockets are left alone")
 	f.Var((*slotFlag)(&p.Slot), "slot", "which of the captures that may live side by side in a network namespace")
 	sharedFlags(f, &p.Shared)
+	selectionFlags(f, &p.Selection)
 }
 
 func policyFlags(f *pflag.FlagSet, p *config.Capture) {

@@ -65,6 +65,7 @@ number if a signal ended it.`,
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	policyFlags(f, &o.policy)
+	selectionFlags(f, &o.policy.Selection)
 	f.Var(&o.report.format, "report", "what to print at the end, on standard error: auto is a table on a terminal, else nothing")
 	f.StringVar(&o.report.file, "report-file", "", "write the report to this file instead")
 	f.BoolVar(&o.report.follow, "follow", false, "print each connection as it opens and closes")
