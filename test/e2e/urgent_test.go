@@ -169,14 +169,13 @@ func (c pastUrgent) Read(b []byte) (n int, err error) {
 			}
 		}
 	})
-	if err == nil {
-		err = rerr
-	}
-	n = max(n, 0)
-	if n == 0 && err == nil {
+	switch {
+	case rerr != nil:
+		return 0, rerr
+	case n == 0 && err == nil:
 		err = io.EOF
 	}
-	return n, err
+	return max(n, 0), err
 }
 
 func withDescriptor(c *net.TCPConn, f func(fd int) error) error {
