@@ -8,6 +8,6 @@
 // those who may read kernel memory; its settings and names are Capture's.
 package bpf
 
-//go:generate go tool bpf2go -tags linux -target bpfel,bpfeb -cc clang-14 -strip llvm-strip-14 -no-global-types -type settings -type counter -type cure -type failure_mode -type maker Capture capture.bpf.c -- -O2 -g -Wall -Werror -mcpu=v2 -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -tags linux -target bpfel,bpfeb -cc clang-14 -strip llvm-strip-14 -no-global-types -type settings -type counter -type cure -type failure_mode -type maker -type select_kind -type select_flag Capture capture.bpf.c -- -O2 -g -Wall -Werror -mcpu=v2 -I/usr/include/x86_64-linux-gnu
 //go:generate go tool bpf2go -tags linux -target bpfel,bpfeb -cc clang-14 -strip llvm-strip-14 -no-global-types Fast fast.bpf.c -- -O2 -g -Wall -Werror -mcpu=v2 -I/usr/include/x86_64-linux-gnu
 //go:generate go tool bpf2go -tags linux -target bpfel,bpfeb -cc clang-14 -strip llvm-strip-14 -no-global-types -type probe Probe probe.bpf.c -- -O2 -g -Wall -Werror -mcpu=v2 -I/usr/include/x86_64-linux-gnu

@@ -13,16 +13,26 @@
  * ARCHITECTURE.md has the table of packets and verdicts.
  */
 #include "packet.h"
+#include "select.h"
 
 /* ------------------------------------------------------------------ sockets are made: whose are they? */
 
 static __always_inline int note_maker(struct bpf_sock *sk)
 {
 	struct word maker;
+	__u64 ids;
 
 	if (sk->type != SOCK_STREAM)
 		return 1;
-	maker.v = (__u32)bpf_get_current_uid_gid() == cfg.proxy_uid ? MAKER_PROXY : MAKER_APP;
+	ids = bpf_get_current_uid_gid();
+	if ((__u32)ids == cfg.proxy_uid)
+		maker.v = MAKER_PROXY;
+	else if (in_excluded_cgroup())
+		maker.v = MAKER_EXCLUDED;
+	else if (!lets_id_in(SELECT_UID, ids) || !lets_id_in(SELECT_GID, ids >> 32))
+		maker.v = MAKER_APP_UNSELECTED;
+	else
+		maker.v = MAKER_APP;
 	bpf_sk_storage_get(&makers, sk, &maker.v, BPF_SK_STORAGE_GET_F_CREATE);
 	return 1;
 }
@@ -168,6 +178,34 @@ static __always_inline int to_own_address(struct bpf_sock_ops *ctx, int ipv4)
 	return r0 == l0 && r1 == l1 && r2 == l2 && r3 == l3;
 }
 
+/* Does the selection let the connection in? The socket's maker was judged when it was made. */
+static __always_inline int is_selected(struct bpf_sock_ops *ctx, __u32 *maker, int ipv4)
+{
+	__u32 a, b, c, d;
+
+	if (maker && (*maker == MAKER_APP_UNSELECTED || *maker == MAKER_EXCLUDED))
+		return 0;
+	if (has_entries(SELECT_OUT_PORT)) {
+		barrier();
+		a = ctx->remote_port; /* network order, in the upper half where the kernel is little endian */
+		if (!lets_port_in(SELECT_OUT_PORT, bpf_ntohl(a) & 0xffff))
+			return 0;
+	}
+	if (!has_entries(SELECT_OUT_ADDRESS))
+		return 1;
+	if (ipv4) {
+		barrier();
+		a = ctx->remote_ip4;
+		return lets_ipv4_in(SELECT_OUT_ADDRESS, a);
+	}
+	barrier();
+	a = ctx->remote_ip6[0];
+	b = ctx->remote_ip6[1];
+	c = ctx->remote_ip6[2];
+	d = ctx->remote_ip6[3];
+	return lets_ipv6_in(SELECT_OUT_ADDRESS, a, b, c, d);
+}
+
 /* A SYN that waits is about to be sent again. Under `open` it goes straight on when the proxy is gone: the new mark
  * drops the route of the old one. */
 static __always_inline void release_waiting(struct bpf_sock_ops *ctx, __u32 mark)
@@ -203,6 +241,11 @@ static __always_inline void decide(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 	if (to_own_address(ctx, ipv4) && !without(CURE_OWN_ADDRESS)) {
 		set_mark(ctx, mark, ROLE_NONE);
 		count(COUNT_OUT_OWN);
+		return;
+	}
+	if (!is_selected(ctx, maker, ipv4)) {
+		set_mark(ctx, mark, ROLE_NONE); /* the capture that this one replaces may have marked it */
+		count(COUNT_OUT_EXCLUDED);
 		return;
 	}
 	if (cfg.mode_out == MODE_OPEN)
@@ -419,6 +462,17 @@ static __always_inline int no_inbound_listener(struct __sk_buff *skb, struct scr
 	return TC_ACT_SHOT;
 }
 
+static __always_inline int client_is_selected(struct packet *p)
+{
+	__u32 *a = p->tuple.ipv6.saddr;
+
+	if (!lets_port_in(SELECT_IN_PORT, bpf_ntohs(p->dport)))
+		return 0;
+	if (p->v6)
+		return lets_ipv6_in(SELECT_IN_ADDRESS, a[0], a[1], a[2], a[3]);
+	return lets_ipv4_in(SELECT_IN_ADDRESS, p->tuple.ipv4.saddr);
+}
+
 static __always_inline int inbound(struct __sk_buff *skb, __u32 l2)
 {
 	struct scratch *s = get_scratch();
@@ -458,9 +512,14 @@ static __always_inline int inbound(struct __sk_buff *skb, __u32 l2)
 		}
 		return TC_ACT_UNSPEC;
 	}
-	if (t.maker != MAKER_APP) {
+	if (t.maker != MAKER_APP && t.maker != MAKER_APP_UNSELECTED) {
 		if (syn)
 			count(COUNT_IN_FOREIGN);
+		return TC_ACT_UNSPEC;
+	}
+	if (!client_is_selected(&s->p)) {
+		if (syn)
+			count(COUNT_IN_EXCLUDED);
 		return TC_ACT_UNSPEC;
 	}
 	if (!syn && without(CURE_NO_SOCKET))
@@ -499,6 +558,13 @@ SEC("tc")
 int pln_in_l3(struct __sk_buff *skb)
 {
 	return inbound(skb, 0);
+}
+
+/* In place of the two above where the selection leaves an interface alone. What goes out by it is guarded all the same. */
+SEC("tc")
+int pln_pass(struct __sk_buff *skb)
+{
+	return TC_ACT_UNSPEC;
 }
 
 /* ------------------------------------------------------------------ a NIC: out */

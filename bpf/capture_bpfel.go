@@ -18,30 +18,32 @@ type CaptureCounter uint32
 const (
 	CaptureCounterCOUNT_OUT_CAPTURED     CaptureCounter = 0
 	CaptureCounterCOUNT_OUT_OWN          CaptureCounter = 1
-	CaptureCounterCOUNT_OUT_PROXY        CaptureCounter = 2
-	CaptureCounterCOUNT_OUT_OPEN         CaptureCounter = 3
-	CaptureCounterCOUNT_OUT_CLOSED       CaptureCounter = 4
-	CaptureCounterCOUNT_OUT_RELEASED     CaptureCounter = 5
-	CaptureCounterCOUNT_OUT_MARK_CLEARED CaptureCounter = 6
-	CaptureCounterCOUNT_LO_ASSIGNED      CaptureCounter = 7
-	CaptureCounterCOUNT_LO_HELD          CaptureCounter = 8
-	CaptureCounterCOUNT_LO_PASSED        CaptureCounter = 9
-	CaptureCounterCOUNT_LO_CHALLENGED    CaptureCounter = 10
-	CaptureCounterCOUNT_LO_RESET         CaptureCounter = 11
-	CaptureCounterCOUNT_LO_ERROR         CaptureCounter = 12
-	CaptureCounterCOUNT_IN_ASSIGNED      CaptureCounter = 13
-	CaptureCounterCOUNT_IN_HELD          CaptureCounter = 14
-	CaptureCounterCOUNT_IN_OPEN          CaptureCounter = 15
-	CaptureCounterCOUNT_IN_CLOSED        CaptureCounter = 16
-	CaptureCounterCOUNT_IN_CHALLENGED    CaptureCounter = 17
-	CaptureCounterCOUNT_IN_COOKIE        CaptureCounter = 18
-	CaptureCounterCOUNT_IN_FORWARDED     CaptureCounter = 19
-	CaptureCounterCOUNT_IN_FOREIGN       CaptureCounter = 20
-	CaptureCounterCOUNT_IN_COLLISION     CaptureCounter = 21
-	CaptureCounterCOUNT_IN_FRAGMENT      CaptureCounter = 22
-	CaptureCounterCOUNT_IN_ERROR         CaptureCounter = 23
-	CaptureCounterCOUNT_GUARDED          CaptureCounter = 24
-	CaptureCounterCOUNT_MAX              CaptureCounter = 25
+	CaptureCounterCOUNT_OUT_EXCLUDED     CaptureCounter = 2
+	CaptureCounterCOUNT_OUT_PROXY        CaptureCounter = 3
+	CaptureCounterCOUNT_OUT_OPEN         CaptureCounter = 4
+	CaptureCounterCOUNT_OUT_CLOSED       CaptureCounter = 5
+	CaptureCounterCOUNT_OUT_RELEASED     CaptureCounter = 6
+	CaptureCounterCOUNT_OUT_MARK_CLEARED CaptureCounter = 7
+	CaptureCounterCOUNT_LO_ASSIGNED      CaptureCounter = 8
+	CaptureCounterCOUNT_LO_HELD          CaptureCounter = 9
+	CaptureCounterCOUNT_LO_PASSED        CaptureCounter = 10
+	CaptureCounterCOUNT_LO_CHALLENGED    CaptureCounter = 11
+	CaptureCounterCOUNT_LO_RESET         CaptureCounter = 12
+	CaptureCounterCOUNT_LO_ERROR         CaptureCounter = 13
+	CaptureCounterCOUNT_IN_ASSIGNED      CaptureCounter = 14
+	CaptureCounterCOUNT_IN_HELD          CaptureCounter = 15
+	CaptureCounterCOUNT_IN_OPEN          CaptureCounter = 16
+	CaptureCounterCOUNT_IN_CLOSED        CaptureCounter = 17
+	CaptureCounterCOUNT_IN_CHALLENGED    CaptureCounter = 18
+	CaptureCounterCOUNT_IN_COOKIE        CaptureCounter = 19
+	CaptureCounterCOUNT_IN_FORWARDED     CaptureCounter = 20
+	CaptureCounterCOUNT_IN_FOREIGN       CaptureCounter = 21
+	CaptureCounterCOUNT_IN_EXCLUDED      CaptureCounter = 22
+	CaptureCounterCOUNT_IN_COLLISION     CaptureCounter = 23
+	CaptureCounterCOUNT_IN_FRAGMENT      CaptureCounter = 24
+	CaptureCounterCOUNT_IN_ERROR         CaptureCounter = 25
+	CaptureCounterCOUNT_GUARDED          CaptureCounter = 26
+	CaptureCounterCOUNT_MAX              CaptureCounter = 27
 )
 
 type CaptureCure uint32
@@ -74,8 +76,30 @@ const (
 type CaptureMaker uint32
 
 const (
-	CaptureMakerMAKER_PROXY CaptureMaker = 1
-	CaptureMakerMAKER_APP   CaptureMaker = 2
+	CaptureMakerMAKER_PROXY          CaptureMaker = 1
+	CaptureMakerMAKER_APP            CaptureMaker = 2
+	CaptureMakerMAKER_APP_UNSELECTED CaptureMaker = 3
+	CaptureMakerMAKER_EXCLUDED       CaptureMaker = 4
+)
+
+type CaptureSelectFlag uint32
+
+const (
+	CaptureSelectFlagSELECT_INCLUDE CaptureSelectFlag = 1
+	CaptureSelectFlagSELECT_EXCLUDE CaptureSelectFlag = 2
+)
+
+type CaptureSelectKind uint32
+
+const (
+	CaptureSelectKindSELECT_OUT_ADDRESS CaptureSelectKind = 1
+	CaptureSelectKindSELECT_IN_ADDRESS  CaptureSelectKind = 2
+	CaptureSelectKindSELECT_OUT_PORT    CaptureSelectKind = 4
+	CaptureSelectKindSELECT_IN_PORT     CaptureSelectKind = 8
+	CaptureSelectKindSELECT_UID         CaptureSelectKind = 16
+	CaptureSelectKindSELECT_GID         CaptureSelectKind = 32
+	CaptureSelectKindSELECT_CGROUP      CaptureSelectKind = 64
+	CaptureSelectKindSELECT_IPV4        CaptureSelectKind = 128
 )
 
 type CaptureSettings struct {
@@ -89,6 +113,8 @@ type CaptureSettings struct {
 	PortInOwn   uint32
 	DialInFirst uint32
 	DialInLast  uint32
+	Selects     CaptureSelectKind
+	Includes    CaptureSelectKind
 	Without     CaptureCure
 }
 
@@ -100,12 +126,14 @@ const (
 	CaptureMapCounters       = "counters"
 	CaptureMapMakers         = "makers"
 	CaptureMapScratch        = "scratch"
+	CaptureMapSelection      = "selection"
 	CaptureProgPlnConnect4   = "pln_connect4"
 	CaptureProgPlnConnect6   = "pln_connect6"
 	CaptureProgPlnIn         = "pln_in"
 	CaptureProgPlnInL3       = "pln_in_l3"
 	CaptureProgPlnLo         = "pln_lo"
 	CaptureProgPlnOut        = "pln_out"
+	CaptureProgPlnPass       = "pln_pass"
 	CaptureProgPlnPostBind4  = "pln_post_bind4"
 	CaptureProgPlnPostBind6  = "pln_post_bind6"
 	CaptureProgPlnSockCreate = "pln_sock_create"
@@ -161,6 +189,7 @@ type CaptureProgramSpecs struct {
 	PlnInL3       *ebpf.ProgramSpec `ebpf:"pln_in_l3"`
 	PlnLo         *ebpf.ProgramSpec `ebpf:"pln_lo"`
 	PlnOut        *ebpf.ProgramSpec `ebpf:"pln_out"`
+	PlnPass       *ebpf.ProgramSpec `ebpf:"pln_pass"`
 	PlnPostBind4  *ebpf.ProgramSpec `ebpf:"pln_post_bind4"`
 	PlnPostBind6  *ebpf.ProgramSpec `ebpf:"pln_post_bind6"`
 	PlnSockCreate *ebpf.ProgramSpec `ebpf:"pln_sock_create"`
@@ -171,10 +200,11 @@ type CaptureProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CaptureMapSpecs struct {
-	Alive    *ebpf.MapSpec `ebpf:"alive"`
-	Counters *ebpf.MapSpec `ebpf:"counters"`
-	Makers   *ebpf.MapSpec `ebpf:"makers"`
-	Scratch  *ebpf.MapSpec `ebpf:"scratch"`
+	Alive     *ebpf.MapSpec `ebpf:"alive"`
+	Counters  *ebpf.MapSpec `ebpf:"counters"`
+	Makers    *ebpf.MapSpec `ebpf:"makers"`
+	Scratch   *ebpf.MapSpec `ebpf:"scratch"`
+	Selection *ebpf.MapSpec `ebpf:"selection"`
 }
 
 // CaptureVariableSpecs contains global variables before they are loaded into the kernel.
@@ -204,10 +234,11 @@ func (o *CaptureObjects) Close() error {
 //
 // It can be passed to LoadCaptureObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CaptureMaps struct {
-	Alive    *ebpf.Map `ebpf:"alive"`
-	Counters *ebpf.Map `ebpf:"counters"`
-	Makers   *ebpf.Map `ebpf:"makers"`
-	Scratch  *ebpf.Map `ebpf:"scratch"`
+	Alive     *ebpf.Map `ebpf:"alive"`
+	Counters  *ebpf.Map `ebpf:"counters"`
+	Makers    *ebpf.Map `ebpf:"makers"`
+	Scratch   *ebpf.Map `ebpf:"scratch"`
+	Selection *ebpf.Map `ebpf:"selection"`
 }
 
 func (m *CaptureMaps) Close() error {
@@ -216,6 +247,7 @@ func (m *CaptureMaps) Close() error {
 		m.Counters,
 		m.Makers,
 		m.Scratch,
+		m.Selection,
 	)
 }
 
@@ -236,6 +268,7 @@ type CapturePrograms struct {
 	PlnInL3       *ebpf.Program `ebpf:"pln_in_l3"`
 	PlnLo         *ebpf.Program `ebpf:"pln_lo"`
 	PlnOut        *ebpf.Program `ebpf:"pln_out"`
+	PlnPass       *ebpf.Program `ebpf:"pln_pass"`
 	PlnPostBind4  *ebpf.Program `ebpf:"pln_post_bind4"`
 	PlnPostBind6  *ebpf.Program `ebpf:"pln_post_bind6"`
 	PlnSockCreate *ebpf.Program `ebpf:"pln_sock_create"`
@@ -250,6 +283,7 @@ func (p *CapturePrograms) Close() error {
 		p.PlnInL3,
 		p.PlnLo,
 		p.PlnOut,
+		p.PlnPass,
 		p.PlnPostBind4,
 		p.PlnPostBind6,
 		p.PlnSockCreate,

@@ -60,6 +60,7 @@ enum failure_mode { MODE_HOLD = 0, MODE_OPEN = 1, MODE_CLOSED = 2 };
 enum counter {
 	COUNT_OUT_CAPTURED,      /* sockops: marked for the outbound listener */
 	COUNT_OUT_OWN,           /* sockops: to an own address, left alone */
+	COUNT_OUT_EXCLUDED,      /* sockops: not selected, left alone */
 	COUNT_OUT_PROXY,         /* sockops: the proxy's own dial, left alone */
 	COUNT_OUT_OPEN,          /* sockops: no proxy, policy open: direct */
 	COUNT_OUT_CLOSED,        /* sockops: no proxy, policy closed: refused */
@@ -79,6 +80,7 @@ enum counter {
 	COUNT_IN_COOKIE,         /* in: last ACK of a handshake by SYN cookie, given to the listener */
 	COUNT_IN_FORWARDED,      /* in: SYN for another host, left alone */
 	COUNT_IN_FOREIGN,        /* in: SYN for a listener outside the cgroup, left alone */
+	COUNT_IN_EXCLUDED,       /* in: SYN that is not selected, left alone */
 	COUNT_IN_COLLISION,      /* in: SYN from the port of a dial in its name, reset */
 	COUNT_IN_FRAGMENT,       /* in: SYN in fragments, dropped */
 	COUNT_IN_ERROR,          /* in: assigning failed, dropped */
@@ -107,6 +109,18 @@ enum cure {
 	CURE_COLLISION = 1 << 13,  /* a client's own port used in its name is answered by a reset */
 };
 
+/* The dimensions of config.Selection as select.h asks for them; a set of them, or the kind of a key. */
+enum select_kind {
+	SELECT_OUT_ADDRESS = 1 << 0, /* 16 bytes, or 4: the destination */
+	SELECT_IN_ADDRESS = 1 << 1,  /* the same: the client */
+	SELECT_OUT_PORT = 1 << 2,    /* 2 bytes, network order: the destination's */
+	SELECT_IN_PORT = 1 << 3,     /* 2 bytes: the app's */
+	SELECT_UID = 1 << 4,         /* 4 bytes, network order: who makes the socket */
+	SELECT_GID = 1 << 5,         /* 4 bytes */
+	SELECT_CGROUP = 1 << 6,      /* 8 bytes, host order: its id; exclusions only */
+	SELECT_IPV4 = 1 << 7,        /* beside the two of addresses, in keys alone: 4 bytes. No IPv6 prefix covers it */
+};
+
 /* Written by the loader before the load, constant from then on. */
 struct settings {
 	__u32 shift;         /* lowest of the three mark bits */
@@ -118,6 +132,8 @@ struct settings {
 	__u32 port_in_own;
 	__u32 dial_in_first; /* source ports of the proxy's dials to the app */
 	__u32 dial_in_last;
+	enum select_kind selects;  /* dimensions of the selection with entries */
+	enum select_kind includes; /* dimensions that let in only what is included */
 	enum cure without;   /* those taken out */
 };
 volatile const struct settings cfg;
@@ -147,7 +163,12 @@ struct {
 } alive SEC(".maps");
 
 /* socket -> enum maker. Written where sockets are made, read by sockops and tc; freed with the socket. */
-enum maker { MAKER_PROXY = 1, MAKER_APP = 2 };
+enum maker {
+	MAKER_PROXY = 1,
+	MAKER_APP = 2,
+	MAKER_APP_UNSELECTED = 3, /* of a user or group that is not selected: its outbound connections are left alone */
+	MAKER_EXCLUDED = 4,       /* in an excluded cgroup: left alone in both directions */
+};
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

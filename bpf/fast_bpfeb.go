@@ -20,12 +20,14 @@ const (
 	FastMapCounters       = "counters"
 	FastMapMakers         = "makers"
 	FastMapScratch        = "scratch"
+	FastMapSelection      = "selection"
 	FastProgPlnConnect4   = "pln_connect4"
 	FastProgPlnConnect6   = "pln_connect6"
 	FastProgPlnIn         = "pln_in"
 	FastProgPlnInL3       = "pln_in_l3"
 	FastProgPlnLo         = "pln_lo"
 	FastProgPlnOut        = "pln_out"
+	FastProgPlnPass       = "pln_pass"
 	FastProgPlnPostBind4  = "pln_post_bind4"
 	FastProgPlnPostBind6  = "pln_post_bind6"
 	FastProgPlnSockCreate = "pln_sock_create"
@@ -81,6 +83,7 @@ type FastProgramSpecs struct {
 	PlnInL3       *ebpf.ProgramSpec `ebpf:"pln_in_l3"`
 	PlnLo         *ebpf.ProgramSpec `ebpf:"pln_lo"`
 	PlnOut        *ebpf.ProgramSpec `ebpf:"pln_out"`
+	PlnPass       *ebpf.ProgramSpec `ebpf:"pln_pass"`
 	PlnPostBind4  *ebpf.ProgramSpec `ebpf:"pln_post_bind4"`
 	PlnPostBind6  *ebpf.ProgramSpec `ebpf:"pln_post_bind6"`
 	PlnSockCreate *ebpf.ProgramSpec `ebpf:"pln_sock_create"`
@@ -91,10 +94,11 @@ type FastProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FastMapSpecs struct {
-	Alive    *ebpf.MapSpec `ebpf:"alive"`
-	Counters *ebpf.MapSpec `ebpf:"counters"`
-	Makers   *ebpf.MapSpec `ebpf:"makers"`
-	Scratch  *ebpf.MapSpec `ebpf:"scratch"`
+	Alive     *ebpf.MapSpec `ebpf:"alive"`
+	Counters  *ebpf.MapSpec `ebpf:"counters"`
+	Makers    *ebpf.MapSpec `ebpf:"makers"`
+	Scratch   *ebpf.MapSpec `ebpf:"scratch"`
+	Selection *ebpf.MapSpec `ebpf:"selection"`
 }
 
 // FastVariableSpecs contains global variables before they are loaded into the kernel.
@@ -124,10 +128,11 @@ func (o *FastObjects) Close() error {
 //
 // It can be passed to LoadFastObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FastMaps struct {
-	Alive    *ebpf.Map `ebpf:"alive"`
-	Counters *ebpf.Map `ebpf:"counters"`
-	Makers   *ebpf.Map `ebpf:"makers"`
-	Scratch  *ebpf.Map `ebpf:"scratch"`
+	Alive     *ebpf.Map `ebpf:"alive"`
+	Counters  *ebpf.Map `ebpf:"counters"`
+	Makers    *ebpf.Map `ebpf:"makers"`
+	Scratch   *ebpf.Map `ebpf:"scratch"`
+	Selection *ebpf.Map `ebpf:"selection"`
 }
 
 func (m *FastMaps) Close() error {
@@ -136,6 +141,7 @@ func (m *FastMaps) Close() error {
 		m.Counters,
 		m.Makers,
 		m.Scratch,
+		m.Selection,
 	)
 }
 
@@ -156,6 +162,7 @@ type FastPrograms struct {
 	PlnInL3       *ebpf.Program `ebpf:"pln_in_l3"`
 	PlnLo         *ebpf.Program `ebpf:"pln_lo"`
 	PlnOut        *ebpf.Program `ebpf:"pln_out"`
+	PlnPass       *ebpf.Program `ebpf:"pln_pass"`
 	PlnPostBind4  *ebpf.Program `ebpf:"pln_post_bind4"`
 	PlnPostBind6  *ebpf.Program `ebpf:"pln_post_bind6"`
 	PlnSockCreate *ebpf.Program `ebpf:"pln_sock_create"`
@@ -170,6 +177,7 @@ func (p *FastPrograms) Close() error {
 		p.PlnInL3,
 		p.PlnLo,
 		p.PlnOut,
+		p.PlnPass,
 		p.PlnPostBind4,
 		p.PlnPostBind6,
 		p.PlnSockCreate,

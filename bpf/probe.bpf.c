@@ -8,6 +8,8 @@
  */
 #include "packet.h"
 
+#define PROBE_MARK (1u << 31) /* config.ProbeMark */
+
 /* The one connection that pln_probe takes. Key 0; written by the verifier, `arrived` by the program. */
 struct probe {
 	__u32 port;    /* source port, network order; 0: none */
@@ -34,7 +36,7 @@ int pln_probe(struct __sk_buff *skb)
 	struct probe *probe;
 	struct scratch *s;
 
-	if (role_of(skb->mark) == ROLE_NONE)
+	if (!(skb->mark & PROBE_MARK))
 		return TC_ACT_UNSPEC;
 	key.v = 0;
 	probe = bpf_map_lookup_elem(&probes, &key.v);

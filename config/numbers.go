@@ -41,6 +41,14 @@ const (
 	RoleReply       Role = 7 // the proxy's answers to the app
 )
 
+// The probe of `verify` marks its connections with a bit that no slot uses, and a rule behind those of all slots sends what
+// carries it, and was not captured, to lo: nothing of a probe ever leaves the host.
+const (
+	ProbeMark     uint32 = 1 << 31
+	ProbeTable           = 166 + 2*Slots
+	ProbePriority        = 60 + 10*Slots
+)
+
 // Slots is how many captures may live in one network namespace side by side: each has three mark bits, two tables and a
 // block of rule priorities of its own.
 const Slots = 8

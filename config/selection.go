@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path"
+	"slices"
 	"strings"
 )
 
@@ -36,6 +37,12 @@ type Selector[T any] struct {
 
 // IsZero reports whether the dimension selects everything.
 func (s Selector[T]) IsZero() bool { return len(s.Include) == 0 && len(s.Exclude) == 0 }
+
+// LetsIn reports whether the dimension selects a value, given which entries match it.
+func (s Selector[T]) LetsIn(matches func(T) bool) bool {
+	in, _ := s.find(matches)
+	return in
+}
 
 // find is the entry that decides whether the dimension lets v in; nil where it does for no entry's sake, or does not for
 // want of one.
@@ -125,6 +132,54 @@ func judge[T fmt.Stringer](s Selector[T], flag string, matches func(T) bool) Ver
 	default:
 		return Verdict{Rule: fmt.Sprintf("no entry of --include-%s", flag)}
 	}
+}
+
+// Judge tells what becomes of a flow under the whole policy while a proxy listens. own reports whether an address is this
+// host's.
+func (c Capture) Judge(f Flow, own func(netip.Addr) bool) Verdict {
+	addr := f.Address.Addr().Unmap()
+	switch {
+	case f.Inbound && c.Listeners.Contains(f.Address.Port()):
+		return Verdict{Rule: "a listener of the proxy itself"}
+	case f.Inbound:
+		return c.Selection.Judge(f)
+	case f.UID == c.ProxyUID:
+		return Verdict{Rule: fmt.Sprintf("--proxy-uid %d: the proxy's own connection", c.ProxyUID)}
+	case addr.IsLoopback(), addr.IsUnspecified(), own(addr):
+		return Verdict{Rule: "an address of this host: such a connection never leaves it"}
+	default:
+		return c.Selection.Judge(f)
+	}
+}
+
+// Flags writes the selection as command line flags; none for everything.
+func (s Selection) Flags() []string {
+	list := slices.Concat(
+		flags("outbound-ports", s.OutboundPorts), flags("outbound-cidrs", s.OutboundCIDRs), flags("outbound-interfaces", s.OutboundInterfaces),
+		flags("uids", s.UIDs), flags("gids", s.GIDs),
+		flags("inbound-ports", s.InboundPorts), flags("inbound-cidrs", s.InboundCIDRs), flags("inbound-interfaces", s.InboundInterfaces),
+	)
+	for _, path := range s.ExcludeCgroups {
+		list = append(list, "--exclude-cgroups="+path)
+	}
+	return list
+}
+
+func flags[T fmt.Stringer](name string, s Selector[T]) (list []string) {
+	for _, kind := range []struct {
+		flag    string
+		entries []T
+	}{{"--include-", s.Include}, {"--exclude-", s.Exclude}} {
+		if len(kind.entries) == 0 {
+			continue
+		}
+		texts := make([]string, len(kind.entries))
+		for i, e := range kind.entries {
+			texts[i] = e.String()
+		}
+		list = append(list, kind.flag+name+"="+strings.Join(texts, ","))
+	}
+	return list
 }
 
 // maxEntries bounds one dimension. Peers' users have some hundred; backends pay for each.

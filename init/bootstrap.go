@@ -68,7 +68,11 @@ func isInside(dir *cgroup.Dir) bool {
 		return false
 	}
 	defer own.Close()
-	return own.ID == dir.ID || strings.HasPrefix(own.Path, strings.TrimSuffix(dir.Path, "/")+"/")
+	return own.ID == dir.ID || isBelow(own, dir)
+}
+
+func isBelow(dir, other *cgroup.Dir) bool {
+	return strings.HasPrefix(dir.Path, strings.TrimSuffix(other.Path, "/")+"/")
 }
 
 // MakePlan says what Init would do.
@@ -83,12 +87,42 @@ func MakePlan(policy config.Capture) (redirect.Plan, string, error) {
 }
 
 func planFor(policy config.Capture, dir *cgroup.Dir, lifetime redirect.Lifetime) (redirect.Plan, error) {
+	if err := ebpf.Supports(policy); err != nil {
+		return redirect.Plan{}, err
+	}
 	host, err := redirect.ReadHost(dir.ID)
 	if err != nil {
 		return redirect.Plan{}, err
 	}
+	if host.ExcludedCgroups, err = excludedCgroups(dir, policy.Selection.ExcludeCgroups); err != nil {
+		return redirect.Plan{}, err
+	}
 	policy.Cgroup = dir.Path
 	return ebpf.Plan(policy, host, lifetime), nil
+}
+
+// excludedCgroups are the ids of cgroups below the captured one.
+func excludedCgroups(captured *cgroup.Dir, paths []string) ([]uint64, error) {
+	var ids []uint64
+	for _, path := range paths {
+		dir, err := cgroup.Open(path)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, dir.ID)
+		below := isBelow(dir, captured)
+		if err := dir.Close(); err != nil {
+			return nil, err
+		}
+		if !below {
+			return nil, &config.Fault{
+				Err:  fmt.Errorf("--exclude-cgroups %s: is not below the captured cgroup %s", path, captured.Path),
+				Hint: "what lies outside of it is not captured anyway",
+				Exit: config.ExitConfig,
+			}
+		}
+	}
+	return ids, nil
 }
 
 // Init installs a capture that stays when this process has ended.
@@ -147,11 +181,21 @@ func Hold(ctx context.Context, o Options, prepare func(config.Slot) (config.Shar
 	}
 	h.follow(o.Log)
 	if o.Verify {
-		if h.Checks, err = verify(ctx, t, h.Plan.Policy); err != nil {
+		if h.Checks, err = verifyLocked(ctx, t, h.Plan.Policy); err != nil {
 			return nil, errors.Join(err, h.Close())
 		}
 	}
 	return h, nil
+}
+
+// verifyLocked takes the redirect.Lock for a verify.
+func verifyLocked(ctx context.Context, t target, policy config.Capture) ([]redirect.Check, error) {
+	release, err := redirect.Lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	return verify(ctx, t, policy)
 }
 
 func (h *Held) follow(log *slog.Logger) {
@@ -224,7 +268,7 @@ func Verify(ctx context.Context, policy config.Capture) ([]redirect.Check, error
 		return nil, err
 	}
 	defer t.Close()
-	return verify(ctx, t, policy)
+	return verifyLocked(ctx, t, policy)
 }
 
 // warnOfOverlap tells when the app may be given a port from which the proxy dials.

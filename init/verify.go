@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -36,16 +37,25 @@ func RunProbe(ctx context.Context, in io.Reader, out io.Writer) error {
 	return json.NewEncoder(out).Encode(checks)
 }
 
-// verify runs a probe inside the cgroup. Its error names every check that failed.
+// verify runs a probe inside the cgroup, and one in each that is excluded. Its error names every check that failed. The
+// caller holds the redirect.Lock.
 func verify(ctx context.Context, t target, policy config.Capture) ([]redirect.Check, error) {
-	checks, err := probe(ctx, t, ebpf.Probe{Shared: policy.Shared, ProxyUID: policy.ProxyUID})
+	p := ebpf.Probe{Shared: policy.Shared, ProxyUID: policy.ProxyUID, Selection: policy.Selection}
+	checks, err := probe(ctx, t, p)
 	if err != nil {
 		return nil, fmt.Errorf("verify the capture: %w", err)
+	}
+	for _, path := range policy.Selection.ExcludeCgroups {
+		more, err := probeExcluded(ctx, path, p)
+		if err != nil {
+			return nil, fmt.Errorf("verify the capture: %w", err)
+		}
+		checks = append(checks, more...)
 	}
 	var failed []string
 	for _, c := range checks {
 		if !c.OK {
-			failed = append(failed, fmt.Sprintf("IPv%d %s %s: %s", c.Family, c.Direction, c.Interface, c.Detail))
+			failed = append(failed, c.String())
 		}
 	}
 	if len(failed) > 0 {
@@ -57,6 +67,18 @@ func verify(ctx context.Context, t target, policy config.Capture) ([]redirect.Ch
 	return checks, nil
 }
 
+// probeExcluded tries what the processes of an excluded cgroup do.
+func probeExcluded(ctx context.Context, path string, p ebpf.Probe) ([]redirect.Check, error) {
+	dir, err := cgroup.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	p.Cgroup = path
+	checks, err := probe(ctx, target{Dir: dir}, p)
+	return slices.DeleteFunc(checks, func(c redirect.Check) bool { return c.Rule == "" }), err
+}
+
 // probe starts this program again, as a process of the captured cgroup.
 func probe(ctx context.Context, t target, p ebpf.Probe) ([]redirect.Check, error) {
 	input, err := json.Marshal(p)
@@ -66,7 +88,7 @@ func probe(ctx context.Context, t target, p ebpf.Probe) ([]redirect.Check, error
 	var out, messages bytes.Buffer
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", ProbeVerb)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(input), &out, &messages
-	if !t.inside {
+	if !t.inside || p.Cgroup == "" && inExcluded(p.Selection.ExcludeCgroups) {
 		leaf, err := newLeaf(t.Dir)
 		if err != nil {
 			return nil, err
@@ -82,6 +104,18 @@ func probe(ctx context.Context, t target, p ebpf.Probe) ([]redirect.Check, error
 		return nil, fmt.Errorf("read the probe's answer: %w", err)
 	}
 	return checks, nil
+}
+
+// inExcluded reports whether this process is in an excluded cgroup.
+func inExcluded(paths []string) bool {
+	own, err := cgroup.OwnDir()
+	if err != nil {
+		return false
+	}
+	defer own.Close()
+	return slices.ContainsFunc(paths, func(path string) bool {
+		return own.Path == path || isBelow(own, &cgroup.Dir{Path: path})
+	})
 }
 
 // leaf is a cgroup of our own for one process: in cgroup2 a process may not live beside child cgroups that have

@@ -22,6 +22,8 @@ type Host struct {
 	IPv6         bool   // the kernel speaks IPv6 at all
 	FixedSysctls bool   // the kernel parameters of the network namespace may not be written (a pod's /proc/sys)
 	CgroupID     uint64 // of the captured cgroup: its inode number
+	// ExcludedCgroups are the ids of the cgroups that the policy excludes.
+	ExcludedCgroups []uint64
 }
 
 // Interface is one network interface.
@@ -59,11 +61,13 @@ type Plan struct {
 	Lifetime Lifetime       `json:"lifetime"`
 	Policy   config.Capture `json:"policy"`
 	CgroupID uint64         `json:"cgroup_id"`
-	Filters  []Filter       `json:"filters"`
-	Sysctls  []Sysctl       `json:"sysctls"`
-	Routes   []Route        `json:"routes"`
-	Rules    []Rule         `json:"rules"`
-	Hooks    []Hook         `json:"hooks"`
+	// ExcludedCgroups are the ids of the cgroups that the policy excludes.
+	ExcludedCgroups []uint64 `json:"excluded_cgroups,omitempty"`
+	Filters         []Filter `json:"filters"`
+	Sysctls         []Sysctl `json:"sysctls"`
+	Routes          []Route  `json:"routes"`
+	Rules           []Rule   `json:"rules"`
+	Hooks           []Hook   `json:"hooks"`
 }
 
 // Filter is a tc program on one side of an interface.

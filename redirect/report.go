@@ -2,7 +2,11 @@
 
 package redirect
 
-import "github.com/pillionproxy/pillion/config"
+import (
+	"fmt"
+
+	"github.com/pillionproxy/pillion/config"
+)
 
 // State of one part of a capture.
 type State string
@@ -30,6 +34,7 @@ type Report struct {
 	Cgroup   string            `json:"cgroup,omitempty"` // empty: no directory with that id was found
 	CgroupID uint64            `json:"cgroup_id"`
 	Items    []Item            `json:"items"`
+	Policy   *config.Capture   `json:"policy,omitempty"`   // nil where it may not be read
 	Counters map[string]uint64 `json:"counters,omitempty"` // per verdict; nil where they may not be read
 }
 
@@ -47,9 +52,26 @@ func (r Report) Effective() bool {
 // Check is the outcome of one proof by a real connection.
 type Check struct {
 	Family    Family `json:"family"`
-	Direction string `json:"direction"` // outbound, inbound, proxy
+	Mapped    bool   `json:"mapped,omitempty"` // IPv4 by an IPv6 socket (RFC 4291 section 2.5.5.2)
+	Direction string `json:"direction"`        // route, outbound, inbound, proxy
 	Interface string `json:"interface,omitempty"`
+	Rule      string `json:"rule,omitempty"` // of the selection, that the connection was to show
 	OK        bool   `json:"ok"`
 	Proven    bool   `json:"proven"` // false: could not be tried; Detail says why
 	Detail    string `json:"detail"`
+}
+
+func (c Check) String() string {
+	what := fmt.Sprintf("IPv%d %s", c.Family, c.Direction)
+	if c.Mapped {
+		what = fmt.Sprintf("IPv%d (mapped) %s", c.Family, c.Direction)
+	}
+	if c.Interface != "" {
+		what += " " + c.Interface
+	}
+	what += ": " + c.Detail
+	if c.Rule != "" {
+		what += " (" + c.Rule + ")"
+	}
+	return what
 }

@@ -120,7 +120,11 @@ func printChecks(w io.Writer, checks []redirect.Check) error {
 		case !c.Proven:
 			verdict = "-"
 		}
-		t.row(fmt.Sprintf("IPv%d", c.Family), c.Direction, c.Interface, verdict, c.Detail)
+		family := fmt.Sprintf("IPv%d", c.Family)
+		if c.Mapped {
+			family = "mapped"
+		}
+		t.row(family, c.Direction, c.Interface, verdict, c.Detail, c.Rule)
 	}
 	return t.flush()
 }

@@ -92,6 +92,11 @@ func printReports(w io.Writer, reports []redirect.Report) error {
 			state = "NOT EFFECTIVE"
 		}
 		fmt.Fprintf(w, "slot %s, backend %s, %s: %s\n", r.Slot, r.Backend, where, state)
+		if r.Policy != nil {
+			for _, f := range r.Policy.Selection.Flags() {
+				fmt.Fprintf(w, "  %s\n", f)
+			}
+		}
 		t := newTable(w)
 		for _, item := range r.Items {
 			t.row(item.Kind, item.Name, string(item.State), item.Detail)

@@ -21,6 +21,7 @@ func verbs(e *env) []*cobra.Command {
 		newProxyCommand(e),
 		newStatusCommand(e),
 		newVerifyCommand(e),
+		newExplainCommand(e),
 		newCleanCommand(e),
 		newVersionCommand(e),
 		newProbeCommand(e),

@@ -3,11 +3,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
+	"github.com/pillionproxy/pillion/redirect"
 	"github.com/spf13/cobra"
 )
 
@@ -21,7 +23,12 @@ func newVerifyCommand(e *env) *cobra.Command {
 of the proxy's own user, for IPv4 and IPv6. All of them stay on this host. The exit status is 0 if the capture is in
 place and no proof failed.
 
-It needs the capabilities of init, and CAP_SETUID to try the proxy's user.`,
+What the selection leaves alone is tried too, entry by entry of each kind. The policy is read from the capture, which
+takes CAP_SYS_ADMIN; where that is missing, give the flags of "pillion init" again.
+
+It needs the capabilities of init, and CAP_SETUID and CAP_SETGID to try other users.`,
+		Example: `  pillion verify
+  pillion verify --cgroup /sys/fs/cgroup/system.slice/shop.service -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := bootstrap.RequireCapabilities(); err != nil {
@@ -33,7 +40,11 @@ It needs the capabilities of init, and CAP_SETUID to try the proxy's user.`,
 			}
 			ctx, stop := interruptible(cmd.Context(), time.Minute)
 			defer stop()
-			checks, err := bootstrap.Verify(ctx, policy)
+			var checks []redirect.Check
+			for _, p := range policies(reports, policy, policyGiven(cmd.Flags())) {
+				more, verr := bootstrap.Verify(ctx, p)
+				checks, err = append(checks, more...), errors.Join(err, verr)
+			}
 			if output.json() {
 				if werr := writeJSON(e.stdout, checks); werr != nil {
 					return werr
@@ -56,4 +67,26 @@ It needs the capabilities of init, and CAP_SETUID to try the proxy's user.`,
 	}
 	f.VarP(output, "output", "o", "what to print")
 	return cmd
+}
+
+// policies are what the captures should do: as each has it with it, or as the flags say.
+func policies(reports []redirect.Report, flags config.Capture, given bool) []config.Capture {
+	var list []config.Capture
+	for _, r := range reports {
+		switch {
+		case given || r.Cgroup == "":
+		case r.Policy != nil:
+			p := *r.Policy
+			p.Cgroup = r.Cgroup
+			list = append(list, p)
+		default:
+			p := flags
+			p.Cgroup = r.Cgroup
+			list = append(list, p)
+		}
+	}
+	if len(list) == 0 {
+		list = append(list, flags)
+	}
+	return list
 }

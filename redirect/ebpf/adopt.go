@@ -23,14 +23,14 @@ import (
 // adopt notes for every TCP listener that processes of the cgroup have open already whose it is: the hooks saw only those
 // that came after them. Outbound connections need nothing of the kind. It takes CAP_SYS_PTRACE; what cannot be adopted is
 // an error, since inbound connections to it would pass uncaptured.
-func adopt(dir *cgroup.Dir, makers *ebpf.Map, proxyUID uint32) error {
-	if !slices.ContainsFunc(listeningSockets(), func(l listening) bool { return l.reachable() && l.UID != proxyUID }) {
+func adopt(dir *cgroup.Dir, makers *ebpf.Map, policy config.Capture) error {
+	if !slices.ContainsFunc(listeningSockets(), func(l listening) bool { return l.reachable() && l.UID != policy.ProxyUID }) {
 		return nil
 	}
 	var refused []string
-	for _, pid := range processes(dir.Path) {
+	for _, pid := range processes(dir.Path, policy.Selection.ExcludeCgroups) {
 		uid, sockets, err := openSockets(pid)
-		if uid == proxyUID {
+		if uid == policy.ProxyUID {
 			continue // what is nobody's is not captured, as it should be
 		}
 		if err == nil {
@@ -49,11 +49,14 @@ func adopt(dir *cgroup.Dir, makers *ebpf.Map, proxyUID uint32) error {
 	}
 }
 
-// processes lists the processes of a cgroup and of those below it that can be seen from here.
-func processes(path string) (pids []int) {
+// processes lists the processes of a cgroup and of those below it that can be seen from here, but for the excluded ones.
+func processes(path string, excluded []string) (pids []int) {
 	filepath.WalkDir(path, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
 			return nil // gone meanwhile
+		}
+		if slices.Contains(excluded, p) {
+			return fs.SkipDir
 		}
 		b, err := os.ReadFile(filepath.Join(p, "cgroup.procs"))
 		if err != nil {

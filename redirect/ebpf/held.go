@@ -32,7 +32,7 @@ func Hold(plan redirect.Plan, dir *cgroup.Dir, without bpf.CaptureCure) (*Captur
 	if err := sweep(); err != nil {
 		return nil, err
 	}
-	objects, err := load(plan.Policy, without, nil)
+	objects, err := load(plan, without, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -38,7 +38,7 @@ type Installation struct {
 // the same cgroup is replaced, without a moment uncaptured; a failure leaves the host as it was. The caller holds the
 // redirect.Lock.
 func Install(plan redirect.Plan, dir *cgroup.Dir, o Options) (*Installation, error) {
-	hash, err := planHash(plan.Policy, o.Without)
+	hash, err := planHash(plan, o.Without)
 	if err != nil {
 		return nil, err
 	}
@@ -65,14 +65,14 @@ func Install(plan redirect.Plan, dir *cgroup.Dir, o Options) (*Installation, err
 	if makers != nil {
 		defer makers.Close()
 	}
-	if in.objects, err = load(plan.Policy, o.Without, makers); err != nil {
+	if in.objects, err = load(plan, o.Without, makers); err != nil {
 		return nil, err
 	}
 	in.OnRollback(func() error { in.objects.Close(); return nil })
 	if err := in.replace(old, hash); err != nil {
 		return nil, errors.Join(err, in.Rollback())
 	}
-	err = adopt(dir, in.objects.Maps[bpf.CaptureMapMakers], plan.Policy.ProxyUID)
+	err = adopt(dir, in.objects.Maps[bpf.CaptureMapMakers], plan.Policy)
 	if err != nil && !o.IgnoreOpenListeners {
 		return nil, errors.Join(err, in.Rollback())
 	}

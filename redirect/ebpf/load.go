@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/rlimit"
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
@@ -19,33 +20,53 @@ import (
 // load brings the capture's programs into the kernel, with the policy as their constants: the fast form where this process
 // and the kernel allow it, else the one that loads everywhere. makers, if not nil, takes the place of the map that says who
 // made which socket. The caller closes the collection.
-func load(policy config.Capture, without bpf.CaptureCure, makers *ebpf.Map) (*ebpf.Collection, error) {
+func load(plan redirect.Plan, without bpf.CaptureCure, makers *ebpf.Map) (*ebpf.Collection, error) {
 	raised := rlimit.RemoveMemlock()
 	var options ebpf.CollectionOptions
 	if makers != nil {
 		options.MapReplacements = map[string]*ebpf.Map{bpf.CaptureMapMakers: makers}
 	}
+	l := loader{policy: plan.Policy, selector: newSelector(plan.Policy.Selection, plan.ExcludedCgroups), options: options}
+	l.constants = settings(plan.Policy, l.selector, without)
 	if mayReadKernel() {
-		if c, err := loadSpec(bpf.LoadFast, settings(policy, without), options); err == nil {
+		if c, err := l.load(bpf.LoadFast); err == nil {
 			return c, nil
 		}
 	}
-	c, err := loadSpec(bpf.LoadCapture, settings(policy, without), options)
+	c, err := l.load(bpf.LoadCapture)
 	if err != nil {
 		return nil, loadFault(err, raised)
 	}
 	return c, nil
 }
 
-func loadSpec(read func() (*ebpf.CollectionSpec, error), constants bpf.CaptureSettings, options ebpf.CollectionOptions) (*ebpf.Collection, error) {
+// loader is what makes an object of the two the capture of one policy.
+type loader struct {
+	policy    config.Capture
+	constants bpf.CaptureSettings
+	selector  selector
+	options   ebpf.CollectionOptions
+}
+
+func (l loader) load(read func() (*ebpf.CollectionSpec, error)) (*ebpf.Collection, error) {
 	spec, err := read()
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
-	if err := spec.Variables[bpf.CaptureVarCfg].Set(constants); err != nil {
+	if err := spec.Variables[bpf.CaptureVarCfg].Set(l.constants); err != nil {
 		return nil, fmt.Errorf("set the BPF constants: %w", err)
 	}
-	return ebpf.NewCollectionWithOptions(spec, options)
+	spec.Maps[bpf.CaptureMapSelection].MaxEntries = max(1, uint32(len(l.selector.entries)))
+	c, err := ebpf.NewCollectionWithOptions(spec, l.options)
+	if err != nil {
+		return nil, err
+	}
+	err = errors.Join(l.selector.fill(c.Maps[bpf.CaptureMapSelection]), bindPolicy(c.Programs[bpf.CaptureProgPlnSockops], l.policy))
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // mayReadKernel reports whether programs of this process may read kernel memory.
@@ -59,7 +80,7 @@ func mayReadKernel() bool {
 	return false
 }
 
-func settings(p config.Capture, without bpf.CaptureCure) bpf.CaptureSettings {
+func settings(p config.Capture, s selector, without bpf.CaptureCure) bpf.CaptureSettings {
 	return bpf.CaptureSettings{
 		Shift:       p.Slot.Shift(),
 		ModeOut:     bpf.CaptureFailureMode(p.OnProxyDown),
@@ -70,6 +91,8 @@ func settings(p config.Capture, without bpf.CaptureCure) bpf.CaptureSettings {
 		PortInOwn:   uint32(p.Listeners.InboundOwn),
 		DialInFirst: uint32(p.DialInbound.First),
 		DialInLast:  uint32(p.DialInbound.Last),
+		Selects:     s.kinds,
+		Includes:    s.includes,
 		Without:     without,
 	}
 }

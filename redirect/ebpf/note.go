@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
 )
 
 // note is what an installer leaves behind for whoever comes later: which capture this is, and what the host was like
@@ -90,17 +91,19 @@ func parseNote(name string) (n note, ok bool) {
 
 // planHash covers what the loaded programs depend on: the policy and the object. Interfaces, which come and go, are not
 // in it.
-func planHash(policy config.Capture, without bpf.CaptureCure) (string, error) {
+func planHash(plan redirect.Plan, without bpf.CaptureCure) (string, error) {
 	spec, err := bpf.LoadCapture()
 	if err != nil {
 		return "", err
 	}
 	h := sha256.New()
+	policy := plan.Policy
 	policy.Cgroup = "" // known by its id
 	if err := json.NewEncoder(h).Encode(struct {
-		Policy  config.Capture
-		Without bpf.CaptureCure
-	}{policy, without}); err != nil {
+		Policy          config.Capture
+		ExcludedCgroups []uint64
+		Without         bpf.CaptureCure
+	}{policy, plan.ExcludedCgroups, without}); err != nil {
 		return "", err
 	}
 	for _, name := range programNames(spec.Programs) {

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
 )
 
 func TestNoteIsReadAsWritten(t *testing.T) {
@@ -55,7 +56,7 @@ func FuzzParseNote(f *testing.F) {
 func TestPlanHashCoversThePolicy(t *testing.T) {
 	hash := func(p config.Capture, without bpf.CaptureCure) string {
 		t.Helper()
-		h, err := planHash(p, without)
+		h, err := planHash(redirect.Plan{Policy: p}, without)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -71,10 +72,11 @@ func TestPlanHashCoversThePolicy(t *testing.T) {
 		t.Error("the name of the cgroup is in the hash")
 	}
 	for name, change := range map[string]func(*config.Capture){
-		"policy": func(p *config.Capture) { p.OnProxyDown = config.Open },
-		"port":   func(p *config.Capture) { p.Listeners.Inbound++ },
-		"range":  func(p *config.Capture) { p.DialInbound.Last-- },
-		"uid":    func(p *config.Capture) { p.ProxyUID++ },
+		"policy":    func(p *config.Capture) { p.OnProxyDown = config.Open },
+		"port":      func(p *config.Capture) { p.Listeners.Inbound++ },
+		"range":     func(p *config.Capture) { p.DialInbound.Last-- },
+		"uid":       func(p *config.Capture) { p.ProxyUID++ },
+		"selection": func(p *config.Capture) { p.Selection.ExcludeCgroups = []string{"/a"} },
 	} {
 		changed := config.DefaultCapture()
 		change(&changed)

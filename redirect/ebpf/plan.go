@@ -36,9 +36,9 @@ var sysctls = []redirect.Sysctl{
 
 // Plan says what this backend does for a policy on a host.
 func Plan(policy config.Capture, host redirect.Host, lifetime redirect.Lifetime) redirect.Plan {
-	p := redirect.Plan{Backend: Name, Lifetime: lifetime, Policy: policy, CgroupID: host.CgroupID, Hooks: hooks}
+	p := redirect.Plan{Backend: Name, Lifetime: lifetime, Policy: policy, CgroupID: host.CgroupID, ExcludedCgroups: host.ExcludedCgroups, Hooks: hooks}
 	for _, i := range host.Interfaces {
-		p.Filters = append(p.Filters, filters(i)...)
+		p.Filters = append(p.Filters, filters(i, policy.Selection)...)
 	}
 	for _, s := range sysctls {
 		if !host.FixedSysctls && (host.IPv6 || s.Name != "net.ipv6.fwmark_reflect") {
@@ -74,13 +74,16 @@ func portRule(s config.Shared, family redirect.Family) redirect.Rule {
 // portRuleOffset is the place of the port rule in the slot's block, behind those of MarkRules.
 const portRuleOffset = 7
 
-func filters(i redirect.Interface) []redirect.Filter {
+func filters(i redirect.Interface, s config.Selection) []redirect.Filter {
 	if i.Loopback {
 		return []redirect.Filter{{Link: i.Name, Index: i.Index, Program: bpf.CaptureProgPlnLo, Why: "the app's packets to the proxy, and back"}}
 	}
 	in := redirect.Filter{Link: i.Name, Index: i.Index, Program: bpf.CaptureProgPlnIn, Why: "connections for the app's listeners to the proxy"}
 	if !i.Ethernet {
 		in.Program = bpf.CaptureProgPlnInL3
+	}
+	if !s.InboundInterfaces.LetsIn(func(n config.InterfaceName) bool { return n.Matches(i.Name) }) {
+		in.Program, in.Why = bpf.CaptureProgPlnPass, "connections that come in here are left alone"
 	}
 	return []redirect.Filter{in, {Link: i.Name, Index: i.Index, Egress: true, Program: bpf.CaptureProgPlnOut, Why: "what is marked never leaves"}}
 }

@@ -48,7 +48,7 @@ func Remove(dir *cgroup.Dir) ([]config.Slot, error) {
 			return nil, fmt.Errorf("slot %d: %w", slot, err)
 		}
 	}
-	return slots, nil
+	return slots, sweepAside()
 }
 
 // removeSlot removes everything of a slot but its hooks.

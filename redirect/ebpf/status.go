@@ -64,6 +64,11 @@ func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (
 		r.Items = append(r.Items, inspectHooks(r, n)...)
 		r.Items = append(r.Items, inspectFilters(plan.Filters, mine)...)
 		r.Items = append(r.Items, inspectProxy(n)...)
+		if len(n.Hooks) == len(hooks) {
+			if policy, err := policyOf(n.Hooks[len(hooks)-1]); err == nil {
+				r.Policy = &policy
+			}
+		}
 		if m, err := mapOf(mine[0].Program, bpf.CaptureMapCounters); err == nil {
 			r.Counters, _ = readCounters(m)
 			m.Close()

@@ -23,6 +23,7 @@ type path struct {
 	clientNS  *testnet.Namespace
 
 	serveNet, serveHost string
+	port                uint16 // to serve at; 0: any
 	serve               func(network, addr string, handler func(*net.TCPConn)) *testnet.Server
 	dial                func(to netip.AddrPort) (*testnet.Conn, error)
 }
@@ -71,7 +72,7 @@ func (w path) start(handler func(*net.TCPConn)) netip.AddrPort {
 
 // server is start, for servers that are closed before the test ends.
 func (w path) server(handler func(*net.TCPConn)) (*testnet.Server, netip.AddrPort) {
-	s := w.serve(w.serveNet, net.JoinHostPort(w.serveHost, "0"), handler)
+	s := w.serve(w.serveNet, net.JoinHostPort(w.serveHost, fmt.Sprint(w.port)), handler)
 	return s, netip.AddrPortFrom(w.to, s.Addr.Port())
 }
 
