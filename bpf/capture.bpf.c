@@ -179,11 +179,11 @@ static __always_inline int to_own_address(struct bpf_sock_ops *ctx, int ipv4)
 }
 
 /* Does the selection let the connection in? The socket's maker was judged when it was made. */
-static __always_inline int is_selected(struct bpf_sock_ops *ctx, __u32 *maker, int ipv4)
+static __always_inline int is_selected(struct bpf_sock_ops *ctx, __u32 maker, int ipv4)
 {
 	__u32 a, b, c, d;
 
-	if (maker && (*maker == MAKER_APP_UNSELECTED || *maker == MAKER_EXCLUDED))
+	if (maker == MAKER_APP_UNSELECTED || maker == MAKER_EXCLUDED)
 		return 0;
 	if (has_entries(SELECT_OUT_PORT)) {
 		barrier();
@@ -225,10 +225,12 @@ static __always_inline void release_waiting(struct bpf_sock_ops *ctx, __u32 mark
 
 static __always_inline void decide(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u32 mark)
 {
-	__u32 *maker = bpf_sk_storage_get(&makers, sk, 0, 0);
+	__u32 *found = bpf_sk_storage_get(&makers, sk, 0, 0), maker = 0;
 	int ipv4;
 
-	if (maker && *maker == MAKER_PROXY) {
+	if (found)
+		maker = *found; /* 0: made before the capture */
+	if (maker == MAKER_PROXY) {
 		/* A dial from the inbound range is one in a client's name, whether or not the proxy may set marks
 		 * (before 5.17 that takes CAP_NET_ADMIN). */
 		__u32 port = ctx->local_port;

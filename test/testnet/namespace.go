@@ -40,13 +40,16 @@ func (n *Net) Namespace(label string) *Namespace {
 	}
 	ns.fd = int(ns.file.Fd())
 	n.t.Cleanup(func() {
-		ns.nl.Close()
+		if ns.nl != nil {
+			ns.nl.Close()
+		}
 		if err := errors.Join(ns.file.Close(), unmountNamespace(ns.Path())); err != nil {
 			n.t.Errorf("testnet: namespace %s: %v", ns.Name, err)
 		}
 	})
-	// netlink.NewHandleAt enters the namespace itself; its own socket stays there.
-	if ns.nl, err = netlink.NewHandleAt(netns.NsHandle(ns.fd)); err != nil {
+	// netlink.NewHandleAt enters the namespace itself; its own socket stays there. Other families than ROUTE may not be in
+	// the kernel.
+	if ns.nl, err = netlink.NewHandleAt(netns.NsHandle(ns.fd), unix.NETLINK_ROUTE); err != nil {
 		n.t.Fatalf("testnet: netlink of namespace %s: %v", ns.Name, err)
 	}
 	for _, which := range []string{"all", "default"} {
