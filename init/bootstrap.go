@@ -28,7 +28,9 @@ type Options struct {
 	ebpf.Options
 	Policy config.Capture
 	Verify bool // prove the capture before it is final
-	Log    *slog.Logger
+	// Confirm, if not 0, is how long the capture stays unless it is confirmed. Only Init heeds it.
+	Confirm time.Duration
+	Log     *slog.Logger
 }
 
 // Result is what was done.
@@ -40,6 +42,8 @@ type Result struct {
 	Replaced bool             `json:"replaced"`
 	Checks   []redirect.Check `json:"checks,omitempty"`
 	Took     time.Duration    `json:"took"`
+	// ConfirmBefore is when the capture is taken back unless it is confirmed; zero: it stays.
+	ConfirmBefore time.Time `json:"confirm_before,omitzero"`
 }
 
 // target is the cgroup to capture, and whether this process is in it.
@@ -125,9 +129,8 @@ func excludedCgroups(captured *cgroup.Dir, paths []string) ([]uint64, error) {
 	return ids, nil
 }
 
-// Init installs a capture that stays when this process has ended.
+// Init installs a capture that stays when this process has ended; with o.Confirm, only if Confirm is called in time.
 func Init(ctx context.Context, o Options) (Result, error) {
-	start := time.Now()
 	t, err := findTarget(o.Policy.Cgroup)
 	if err != nil {
 		return Result{}, err
@@ -138,7 +141,39 @@ func Init(ctx context.Context, o Options) (Result, error) {
 		return Result{}, err
 	}
 	defer release()
-	warnOfOverlap(o.Log, o.Policy.Shared)
+	// Also if nothing is to be confirmed: what waits for it would be taken back together with this.
+	confirm, err := reserveConfirm()
+	if err != nil {
+		return Result{}, err
+	}
+	defer confirm.Close()
+	if o.Confirm == 0 {
+		return install(ctx, t, o)
+	}
+	g := guard{After: o.Confirm, Cgroup: t.Path}
+	var found bool
+	if g.Previous, found, err = previousPolicy(t.ID, o.Policy.Slot); err != nil {
+		return Result{}, err
+	}
+	r, err := install(ctx, t, o)
+	if err != nil || found && !r.Replaced {
+		return r, err // what was there already, mended at most
+	}
+	r.ConfirmBefore = time.Now().Add(o.Confirm)
+	if err := startGuard(confirm, g); err != nil {
+		release()
+		return r, errors.Join(err, g.takeBack(ctx))
+	}
+	return r, nil
+}
+
+// install is Init under the redirect.Lock.
+func install(ctx context.Context, t target, o Options) (Result, error) {
+	start := time.Now()
+	if o.Log != nil {
+		warnOfOverlap(o.Log, o.Policy.Shared)
+	}
+	var err error
 	r := Result{Cgroup: t.Path, FoundBy: t.foundBy}
 	if r.Plan, err = planFor(o.Policy, t.Dir, redirect.Persistent); err != nil {
 		return r, err

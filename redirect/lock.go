@@ -17,7 +17,7 @@ import (
 const lockName = "@pillion/lock"
 
 // Lock waits until the caller is the only one that changes the capture of this network namespace. The release function
-// is called once.
+// may be called again.
 func Lock(ctx context.Context) (release func(), err error) {
 	for {
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: lockName, Net: "unix"})

@@ -19,7 +19,7 @@ func newInitCommand(e *env) *cobra.Command {
 	policy := config.DefaultCapture()
 	output := newOutputFlag("text")
 	var dryRun, noVerify, ignoreOpen bool
-	var timeout time.Duration
+	var timeout, confirm time.Duration
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Install the capture for a cgroup, and exit",
@@ -38,6 +38,9 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 			if err := invalid(policy.Validate()); err != nil {
 				return err
 			}
+			if confirm < 0 {
+				return invalid(fmt.Errorf("--confirm %s: must not be negative", confirm))
+			}
 			if dryRun {
 				return printPlan(e.stdout, policy, output)
 			}
@@ -48,7 +51,7 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 			defer stop()
 			r, err := bootstrap.Init(ctx, bootstrap.Options{
 				Options: ebpf.Options{Without: without(e), IgnoreOpenListeners: ignoreOpen},
-				Policy:  policy, Verify: !noVerify, Log: newLogger(e.stderr, "auto", 0),
+				Policy:  policy, Verify: !noVerify, Confirm: confirm, Log: newLogger(e.stderr, "auto", 0),
 			})
 			if err != nil {
 				return err
@@ -64,6 +67,7 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 	f.BoolVar(&dryRun, "dry-run", false, "print what would be done, and do nothing")
 	f.BoolVar(&noVerify, "no-verify", false, "do not prove the capture by connections")
 	f.BoolVar(&ignoreOpen, "ignore-open-listeners", false, "leave listeners uncaptured that are open already and cannot be taken over")
+	f.DurationVar(&confirm, "confirm", 0, "take the capture back after this time, unless \"pillion confirm\" is called before")
 	f.DurationVar(&timeout, "timeout", time.Minute, "how long all of it may take")
 	f.VarP(output, "output", "o", "what to print")
 	return cmd
@@ -107,7 +111,13 @@ func printInit(w io.Writer, r bootstrap.Result) error {
 	p := r.Plan.Policy
 	fmt.Fprintf(w, "%s %s (found by %s) in %s\n", what, r.Cgroup, r.FoundBy, r.Took.Round(time.Millisecond))
 	fmt.Fprintf(w, "backend %s, slot %s; while no proxy listens: outbound %s, inbound %s\n", r.Plan.Backend, p.Slot, p.OnProxyDown, p.OnProxyDownInbound)
-	return printChecks(w, r.Checks)
+	if err := printChecks(w, r.Checks); err != nil {
+		return err
+	}
+	if !r.ConfirmBefore.IsZero() {
+		fmt.Fprintf(w, "it is taken back at %s unless you run `pillion confirm`\n", r.ConfirmBefore.Format(time.TimeOnly))
+	}
+	return nil
 }
 
 func printChecks(w io.Writer, checks []redirect.Check) error {

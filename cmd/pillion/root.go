@@ -89,5 +89,5 @@ func invalid(err error) error {
 	if err == nil {
 		return nil
 	}
-	return &config.Fault{Err: err, Exit: config.ExitConfig}
+	return &config.Fault{Err: err, Exit: config.ExitConfig, Hint: "--help says what each flag may be"}
 }

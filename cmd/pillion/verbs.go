@@ -22,9 +22,11 @@ func verbs(e *env) []*cobra.Command {
 		newStatusCommand(e),
 		newVerifyCommand(e),
 		newExplainCommand(e),
+		newConfirmCommand(e),
 		newCleanCommand(e),
 		newVersionCommand(e),
 		newProbeCommand(e),
+		newGuardCommand(e),
 	}
 }
 
