@@ -22,6 +22,7 @@ func verbs(e *env) []*cobra.Command {
 		newStatusCommand(e),
 		newVerifyCommand(e),
 		newExplainCommand(e),
+		newCheckCommand(e),
 		newConfirmCommand(e),
 		newCleanCommand(e),
 		newVersionCommand(e),
