@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +25,7 @@ import (
 // that came after them. Outbound connections need nothing of the kind. It takes CAP_SYS_PTRACE; what cannot be adopted is
 // an error, since inbound connections to it would pass uncaptured.
 func adopt(dir *cgroup.Dir, makers *ebpf.Map, policy config.Capture) error {
-	if !slices.ContainsFunc(listeningSockets(), func(l listening) bool { return l.reachable() && l.UID != policy.ProxyUID }) {
+	if !slices.ContainsFunc(redirect.ListeningSockets(), func(l redirect.Listening) bool { return l.Reachable() && l.UID != policy.ProxyUID }) {
 		return nil
 	}
 	var refused []string

@@ -15,6 +15,7 @@ import (
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/probe"
 	"github.com/pillionproxy/pillion/redirect/route"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -179,15 +180,7 @@ func neighbour(p netip.Prefix, ours []netlink.Addr) netip.Addr {
 		}
 	}
 	if p.Addr().Is4() {
-		return nobody(redirect.IPv4)
+		return probe.Nobody(redirect.IPv4)
 	}
-	return nobody(redirect.IPv6)
-}
-
-// nobody is an address of a documentation range.
-func nobody(f redirect.Family) netip.Addr {
-	if f == redirect.IPv6 {
-		return netip.MustParseAddr("2001:db8::1")
-	}
-	return netip.AddrFrom4([4]byte{192, 0, 2, 1})
+	return probe.Nobody(redirect.IPv6)
 }

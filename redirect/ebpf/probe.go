@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/probe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
@@ -63,18 +64,18 @@ func (p Probe) Run(ctx context.Context) ([]redirect.Check, error) {
 }
 
 func (p Probe) family(ctx context.Context, f redirect.Family, own []ownAddress, injector *injector) ([]redirect.Check, error) {
-	aside, err := newAside(f)
+	aside, err := probe.NewAside(f)
 	if err != nil {
 		return nil, err
 	}
 	defer aside.Close()
 	// Open for all proofs: under `open` and `closed` the hooks look for it at every connect.
-	out, err := borrow(f, p.Listeners.Outbound)
+	out, err := probe.Borrow(f, p.Listeners.Outbound)
 	if err != nil {
 		return nil, err
 	}
 	defer out.Close()
-	in, err := borrow(f, p.Listeners.Inbound)
+	in, err := probe.Borrow(f, p.Listeners.Inbound)
 	if err != nil {
 		return nil, err
 	}
@@ -98,13 +99,13 @@ func (p Probe) family(ctx context.Context, f redirect.Family, own []ownAddress, 
 // addresses are delivered on this host whatever the rules say.
 func (p Probe) routed(f redirect.Family) redirect.Check {
 	check := redirect.Check{Family: f, Direction: "route"}
-	to := nobody(f).AsSlice()
+	to := probe.Nobody(f).AsSlice()
 	routes, err := netlink.RouteGetWithOptions(to, &netlink.RouteGetOptions{Mark: p.Slot.Mark(config.RoleOut)})
 	if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
 		check.OK, check.Proven, check.Detail = true, true, "a captured packet is delivered on this host"
 		return check
 	}
-	check.Proven, check.Detail = true, fmt.Sprintf("a captured packet does not reach lo (asked for %s): %v", nobody(f), cmp.Or(err, errElsewhere))
+	check.Proven, check.Detail = true, fmt.Sprintf("a captured packet does not reach lo (asked for %s): %v", probe.Nobody(f), cmp.Or(err, errElsewhere))
 	return check
 }
 
@@ -112,14 +113,14 @@ var errElsewhere = errors.New("other rules send it elsewhere; see `ip rule`")
 
 // outbound tries what the selection lets in, and each dimension by which it leaves something alone. mapped ones are made
 // by IPv6 sockets.
-func (p Probe) outbound(ctx context.Context, f redirect.Family, mapped bool, own []ownAddress, out *borrowed) []redirect.Check {
+func (p Probe) outbound(ctx context.Context, f redirect.Family, mapped bool, own []ownAddress, out *probe.Borrowed) []redirect.Check {
 	isOwn := func(a netip.Addr) bool {
 		return slices.ContainsFunc(own, func(o ownAddress) bool { return o.Addr == a })
 	}
 	base := config.Flow{UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), Cgroup: p.Cgroup}
-	usable := func(w config.Flow) bool { return p.mayBe(w, base) && canListen(ctx, w.Address) }
+	usable := func(w config.Flow) bool { return p.mayBe(w, base) && probe.CanListen(ctx, w.Address) }
 	var err error
-	if base.Address, err = freePort(ctx, own[0].Addr); err != nil {
+	if base.Address, err = probe.FreePort(ctx, own[0].Addr); err != nil {
 		return []redirect.Check{{Family: f, Mapped: mapped, Direction: "outbound", Detail: err.Error()}}
 	}
 	witnesses := p.Selection.Witnesses(base, usable)
@@ -132,10 +133,10 @@ func (p Probe) outbound(ctx context.Context, f redirect.Family, mapped bool, own
 	}
 	for _, w := range witnesses {
 		check := redirect.Check{Family: f, Mapped: mapped, Direction: "outbound", Rule: w.Rule}
-		t := trial{Target: w.Address, From: loopbackOf(f), Mapped: mapped, Borrowed: out}
+		t := probe.Trial{Target: w.Address, From: probe.LoopbackOf(f), Mapped: mapped, Borrowed: out}
 		if !isOwn(w.Address.Addr()) {
 			t.From = own[0].Addr
-			if w.Captured && out.l == nil {
+			if w.Captured && !out.Free() {
 				check.OK, check.Detail = true, "not tried: the proxy that runs would dial that address"
 				checks = append(checks, check)
 				continue
@@ -147,42 +148,42 @@ func (p Probe) outbound(ctx context.Context, f redirect.Family, mapped bool, own
 		if w.GID != base.GID {
 			t.GID = w.GID
 		}
-		captured, err := p.try(ctx, t)
-		checks = append(checks, concluded(check, w.Captured, captured, err, "an app's connection"))
+		captured, err := t.Try(ctx)
+		checks = append(checks, probe.Concluded(check, w.Captured, captured, err, "an app's connection"))
 	}
 	return checks
 }
 
 // mayBe reports whether this process may be whom the flow is of.
 func (p Probe) mayBe(w, base config.Flow) bool {
-	return (w.UID == base.UID || w.UID != p.ProxyUID && hasCapability(cap.SETUID)) && (w.GID == base.GID || hasCapability(cap.SETGID))
+	return (w.UID == base.UID || w.UID != p.ProxyUID && probe.HasCapability(cap.SETUID)) && (w.GID == base.GID || probe.HasCapability(cap.SETGID))
 }
 
 // proxys proves that a dial of the proxy's user is left alone.
 func (p Probe) proxys(ctx context.Context, f redirect.Family, own netip.Addr) redirect.Check {
 	check := redirect.Check{Family: f, Direction: "proxy"}
-	if !hasCapability(cap.SETUID) {
+	if !probe.HasCapability(cap.SETUID) {
 		check.OK, check.Detail = true, "not tried: it takes CAP_SETUID; the proxy proves it by itself at its start"
 		return check
 	}
-	target, err := freePort(ctx, own)
+	target, err := probe.FreePort(ctx, own)
 	if err != nil {
 		check.Detail = err.Error()
 		return check
 	}
-	captured, err := p.try(ctx, trial{Target: target, From: loopbackOf(f), UID: p.ProxyUID})
-	return concluded(check, false, captured, err, "the proxy's own connection")
+	captured, err := probe.Trial{Target: target, From: probe.LoopbackOf(f), UID: p.ProxyUID}.Try(ctx)
+	return probe.Concluded(check, false, captured, err, "the proxy's own connection")
 }
 
 // inbound tries connections by the interface that has the address; every dimension of the selection only if asked to.
-func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in *borrowed, injector *injector, every bool) []redirect.Check {
-	decoy, err := freePort(ctx, a.Addr)
+func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in *probe.Borrowed, injector *injector, every bool) []redirect.Check {
+	decoy, err := probe.FreePort(ctx, a.Addr)
 	if err != nil {
 		return []redirect.Check{{Family: f, Direction: "inbound", Interface: a.Link, Detail: err.Error()}}
 	}
 	base := config.Flow{Inbound: true, Address: netip.AddrPortFrom(a.Neighbour, decoy.Port()), Interface: config.InterfaceName(a.Link), Cgroup: p.Cgroup}
 	witnesses := p.Selection.Witnesses(base, func(w config.Flow) bool {
-		return canListen(ctx, netip.AddrPortFrom(a.Addr, w.Address.Port()))
+		return probe.CanListen(ctx, netip.AddrPortFrom(a.Addr, w.Address.Port()))
 	})
 	if !every {
 		witnesses = witnesses[:min(1, len(witnesses))]
@@ -190,43 +191,19 @@ func (p Probe) inbound(ctx context.Context, f redirect.Family, a ownAddress, in 
 	var checks []redirect.Check
 	for _, w := range witnesses {
 		check := redirect.Check{Family: f, Direction: "inbound", Interface: a.Link, Rule: w.Rule}
-		t := trial{
+		t := probe.Trial{
 			Target: netip.AddrPortFrom(a.Addr, w.Address.Port()), From: w.Address.Addr(),
 			Ports: p.DialInbound, Borrowed: in, Mark: p.Slot.Mark(config.RoleDial),
 		}
 		t.Before = func(port uint16) error { return injector.Arm(port, a.Index, a.MAC) }
-		captured, err := p.try(ctx, t)
-		if errors.Is(err, errSilence) {
+		captured, err := t.Try(ctx)
+		if errors.Is(err, probe.ErrSilence) {
 			// Neither the proxy's listener nor the app's got it: something else drops what comes in on this port.
 			check.OK, check.Detail = true, "not proven: the connection was dropped on its way in, by a packet filter or by rp_filter"
 			checks = append(checks, check)
 			continue
 		}
-		checks = append(checks, concluded(check, w.Captured, captured, err, "a connection to an app's listener"))
+		checks = append(checks, probe.Concluded(check, w.Captured, captured, err, "a connection to an app's listener"))
 	}
 	return checks
-}
-
-// concluded says what a trial has shown. what is the subject of the sentence.
-func concluded(c redirect.Check, want, captured bool, err error, what string) redirect.Check {
-	c.Proven = err == nil
-	c.OK = err == nil && captured == want
-	switch {
-	case err != nil:
-		c.Detail = err.Error()
-	case captured && want:
-		c.Detail = what + " is taken"
-	case captured:
-		c.Detail = what + " is captured, and must not be"
-	case want:
-		c.Detail = what + " passes uncaptured"
-	default:
-		c.Detail = what + " is left alone"
-	}
-	return c
-}
-
-func hasCapability(c cap.Value) bool {
-	ok, err := cap.GetProc().GetFlag(cap.Effective, c)
-	return ok && err == nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/probe"
 )
 
 // ErrNotInstalled says that there is nothing to remove.
@@ -48,7 +49,7 @@ func Remove(dir *cgroup.Dir) ([]config.Slot, error) {
 			return nil, fmt.Errorf("slot %d: %w", slot, err)
 		}
 	}
-	return slots, sweepAside()
+	return slots, probe.SweepAside()
 }
 
 // removeSlot removes everything of a slot but its hooks.

@@ -11,6 +11,7 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
+	"github.com/pillionproxy/pillion/redirect/probe"
 )
 
 // Inspect reports every capture of this network namespace, by slot. It changes nothing and needs no capability, but for
@@ -126,7 +127,7 @@ func inspectFilters(want []redirect.Filter, mine []attached) []redirect.Item {
 }
 
 func inspectProxy(n note) []redirect.Item {
-	there := listeningSockets()
+	there := redirect.ListeningSockets()
 	down := []string{"new connections are " + downMeans[n.Down[0]], "new connections are " + downMeans[n.Down[1]]}
 	var items []redirect.Item
 	for i, p := range []struct {
@@ -134,8 +135,8 @@ func inspectProxy(n note) []redirect.Item {
 		port uint16
 	}{{"outbound", n.Ports.Outbound}, {"inbound", n.Ports.Inbound}} {
 		item := redirect.Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: redirect.StateOK, Detail: "listens"}
-		want := netip.AddrPortFrom(loopbackOf(redirect.IPv4), p.port)
-		if !slices.ContainsFunc(there, func(l listening) bool { return l.Local == want }) {
+		want := netip.AddrPortFrom(probe.LoopbackOf(redirect.IPv4), p.port)
+		if !slices.ContainsFunc(there, func(l redirect.Listening) bool { return l.Local == want }) {
 			item.State, item.Detail = redirect.StateMissing, "does not listen: "+down[i]
 		}
 		items = append(items, item)

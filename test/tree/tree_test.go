@@ -99,7 +99,7 @@ func TestTopLevelFolders(t *testing.T) {
 
 // arrows says which of our top-level folders the packages of each may import. Tests may import test/ besides.
 var arrows = map[string][]string{
-	"config": {"config"},
+	"config":   {"config"},
 	"bpf":      {"config"},
 	"redirect": {"redirect", "bpf", "config"},
 	"init":     {"init", "redirect", "bpf", "config"},

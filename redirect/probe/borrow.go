@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package ebpf
+package probe
 
 import (
 	"context"
@@ -14,27 +14,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// borrowed is the proxy's listener while no proxy runs: nobody gets in but those that Admit names.
-type borrowed struct {
+// Borrowed is the proxy's listener while no proxy runs: nobody gets in but those that Admit names.
+type Borrowed struct {
 	l *net.TCPListener // nil: a proxy has the port
 }
 
-func borrow(f redirect.Family, port uint16) (*borrowed, error) {
-	address := netip.AddrPortFrom(loopbackOf(f), port)
+// Borrow takes the proxy's port of a family, if no proxy has it.
+func Borrow(f redirect.Family, port uint16) (*Borrowed, error) {
+	address := netip.AddrPortFrom(LoopbackOf(f), port)
 	l, err := listen(context.Background(), address, func(fd int) error {
 		return errors.Join(transparent(fd, address.Addr()), dropAllSYNs(fd))
 	})
 	if errors.Is(err, unix.EADDRINUSE) {
-		return &borrowed{}, nil
+		return &Borrowed{}, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("borrow the proxy's port %d: %w", port, err)
 	}
-	return &borrowed{l}, nil
+	return &Borrowed{l}, nil
 }
 
+// Free reports whether no proxy has the port: it is ours then.
+func (b *Borrowed) Free() bool { return b.l != nil }
+
 // Admit lets connections from one source port in, and from no other.
-func (b *borrowed) Admit(port uint16) error {
+func (b *Borrowed) Admit(port uint16) error {
 	raw, err := b.l.SyscallConn()
 	if err != nil {
 		return err
@@ -46,7 +50,8 @@ func (b *borrowed) Admit(port uint16) error {
 	return serr
 }
 
-func (b *borrowed) Close() error {
+// Close gives the port back.
+func (b *Borrowed) Close() error {
 	if b.l == nil {
 		return nil
 	}
@@ -111,7 +116,8 @@ func listen(ctx context.Context, a netip.AddrPort, set func(fd int) error) (*net
 	return l.(*net.TCPListener), nil
 }
 
-func loopbackOf(f redirect.Family) netip.Addr {
+// LoopbackOf is the loopback address of a family.
+func LoopbackOf(f redirect.Family) netip.Addr {
 	if f == redirect.IPv6 {
 		return netip.IPv6Loopback()
 	}

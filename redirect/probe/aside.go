@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package ebpf
+package probe
 
 import (
 	"errors"
@@ -12,27 +12,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// aside brings what a probe sends, and was not captured, to lo, whatever its address: a rule behind those of all slots,
+// Aside brings what a probe sends, and was not captured, to lo, whatever its address: a rule behind those of all slots,
 // for the probe's mark alone.
-type aside struct {
+type Aside struct {
 	rule  route.Rule
 	route route.Route
 }
 
 const loIndex = 1 // in every network namespace (net/core/dev.c: it is the first device registered)
 
-func asideOf(f redirect.Family) aside {
+func asideOf(f redirect.Family) Aside {
 	family := unix.AF_INET
 	if f == redirect.IPv6 {
 		family = unix.AF_INET6
 	}
-	return aside{
+	return Aside{
 		route.Rule{Family: family, Priority: config.ProbePriority, Mark: config.ProbeMark, Mask: config.ProbeMark, Table: config.ProbeTable},
 		route.Route{Family: family, Table: config.ProbeTable, Index: loIndex, Metric: 1},
 	}
 }
 
-func newAside(f redirect.Family) (aside, error) {
+// NewAside installs it. The caller holds the redirect.Lock.
+func NewAside(f redirect.Family) (Aside, error) {
 	a := asideOf(f)
 	if _, err := route.AddRoute(a.route); err != nil {
 		return a, fmt.Errorf("keep the probe on this host: %w", err)
@@ -43,9 +44,10 @@ func newAside(f redirect.Family) (aside, error) {
 	return a, nil
 }
 
-func (a aside) Close() error { return errors.Join(route.DelRule(a.rule), route.DelRoute(a.route)) }
+// Close takes it away.
+func (a Aside) Close() error { return errors.Join(route.DelRule(a.rule), route.DelRoute(a.route)) }
 
-// sweepAside removes what a probe that was killed left behind.
-func sweepAside() error {
+// SweepAside removes what a probe that was killed left behind.
+func SweepAside() error {
 	return errors.Join(asideOf(redirect.IPv4).Close(), asideOf(redirect.IPv6).Close())
 }

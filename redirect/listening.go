@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package ebpf
+package redirect
 
 import (
 	"bufio"
@@ -11,19 +11,19 @@ import (
 	"strings"
 )
 
-// listening is a socket that listens.
-type listening struct {
+// Listening is a socket that listens.
+type Listening struct {
 	Local netip.AddrPort
 	UID   uint32 // of who made it
 }
 
-// reachable reports whether it could be meant by somebody outside.
-func (l listening) reachable() bool { return !l.Local.Addr().Unmap().IsLoopback() }
+// Reachable reports whether it could be meant by somebody outside.
+func (l Listening) Reachable() bool { return !l.Local.Addr().Unmap().IsLoopback() }
 
-// listeningSockets are those of this network namespace, as /proc/net/tcp and tcp6 have them
+// ListeningSockets are those of this network namespace, as /proc/net/tcp and tcp6 have them
 // (Documentation/networking/proc_net_tcp.rst). What cannot be read counts as nothing.
-func listeningSockets() []listening {
-	var found []listening
+func ListeningSockets() []Listening {
+	var found []Listening
 	for _, file := range []string{"tcp", "tcp6"} {
 		f, err := os.Open("/proc/thread-self/net/" + file)
 		if err != nil {
@@ -36,7 +36,7 @@ func listeningSockets() []listening {
 			}
 			uid, err := strconv.ParseUint(fields[7], 10, 32)
 			if a, ok := parseProcAddress(fields[1]); ok && err == nil {
-				found = append(found, listening{a, uint32(uid)})
+				found = append(found, Listening{a, uint32(uid)})
 			}
 		}
 		f.Close()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package ebpf
+package probe
 
 import (
 	"context"
@@ -17,15 +17,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// trial is one connection.
-type trial struct {
+// Trial is one connection.
+type Trial struct {
 	Target   netip.AddrPort // of the decoy
 	From     netip.Addr
 	Ports    config.PortRange   // to dial from; none: any
 	Mapped   bool               // by an IPv6 socket to an IPv4 address
 	Mark     uint32             // of the dialling socket, beside the probe's own; non-zero also makes it transparent
 	UID, GID uint32             // that make the dialling socket, if not 0
-	Borrowed *borrowed          // the proxy's listener; nil: nobody is expected there
+	Borrowed *Borrowed          // the proxy's listener; nil: nobody is expected there
 	Before   func(uint16) error // called with the port that is dialled from, before the SYN
 }
 
@@ -34,7 +34,8 @@ const probeTimeout = 5 * time.Second
 
 var (
 	errNoSetuid = errors.New("set the user or group id of a socket: operation not permitted")
-	errSilence  = errors.New("no answer: neither the proxy's listener nor the app's got the connection")
+	// ErrSilence is a connection that nobody got.
+	ErrSilence = errors.New("no answer: neither the proxy's listener nor the app's got the connection")
 )
 
 // listenDecoy listens at an address that need not be this host's.
@@ -46,8 +47,8 @@ func listenDecoy(ctx context.Context, a netip.AddrPort) (*net.TCPListener, error
 	return l, nil
 }
 
-// freePort is a port of the address at which nobody listens.
-func freePort(ctx context.Context, a netip.Addr) (netip.AddrPort, error) {
+// FreePort is a port of the address at which nobody listens.
+func FreePort(ctx context.Context, a netip.Addr) (netip.AddrPort, error) {
 	l, err := listenDecoy(ctx, netip.AddrPortFrom(a, 0))
 	if err != nil {
 		return netip.AddrPort{}, err
@@ -56,7 +57,8 @@ func freePort(ctx context.Context, a netip.Addr) (netip.AddrPort, error) {
 	return l.Addr().(*net.TCPAddr).AddrPort(), nil
 }
 
-func canListen(ctx context.Context, a netip.AddrPort) bool {
+// CanListen reports whether a decoy could listen there.
+func CanListen(ctx context.Context, a netip.AddrPort) bool {
 	l, err := listenDecoy(ctx, a)
 	if err == nil {
 		l.Close()
@@ -64,8 +66,8 @@ func canListen(ctx context.Context, a netip.AddrPort) bool {
 	return err == nil
 }
 
-// try makes the connection and reports whether it was captured.
-func (p Probe) try(ctx context.Context, t trial) (captured bool, err error) {
+// Try makes the connection and reports whether it was captured.
+func (t Trial) Try(ctx context.Context) (captured bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	decoy, err := listenDecoy(ctx, t.Target)
@@ -89,7 +91,7 @@ func (p Probe) try(ctx context.Context, t trial) (captured bool, err error) {
 		}
 	}
 	listeners := []*net.TCPListener{decoy}
-	if t.Borrowed != nil && t.Borrowed.l != nil {
+	if t.Borrowed != nil && t.Borrowed.Free() {
 		if err := t.Borrowed.Admit(from.Port()); err != nil {
 			return false, err
 		}
@@ -99,7 +101,7 @@ func (p Probe) try(ctx context.Context, t trial) (captured bool, err error) {
 	defer arrivals.Stop()
 	if err := connect(ctx, sock, t.address(t.Target)); err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
-			return false, errSilence
+			return false, ErrSilence
 		}
 		return false, fmt.Errorf("connect %s to %s: %w", from, t.Target, err)
 	}
@@ -112,12 +114,12 @@ func (p Probe) try(ctx context.Context, t trial) (captured bool, err error) {
 		defer a.conn.Close()
 		return a.listener != decoy || a.from() != from, a.expect(ctx, token)
 	case <-ctx.Done():
-		return false, errSilence
+		return false, ErrSilence
 	}
 }
 
 // dialSocket makes a bound, non-blocking socket for the trial.
-func dialSocket(t trial) (fd int, from netip.AddrPort, err error) {
+func dialSocket(t Trial) (fd int, from netip.AddrPort, err error) {
 	if fd, err = socketAs(t.UID, t.GID, t.From.Is6() || t.Mapped); err != nil {
 		return -1, from, err
 	}
@@ -146,7 +148,7 @@ func dialSocket(t trial) (fd int, from netip.AddrPort, err error) {
 }
 
 // address is the address as the socket of the trial has it.
-func (t trial) address(a netip.AddrPort) netip.AddrPort {
+func (t Trial) address(a netip.AddrPort) netip.AddrPort {
 	if t.Mapped {
 		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr().As16()), a.Port())
 	}
@@ -154,7 +156,7 @@ func (t trial) address(a netip.AddrPort) netip.AddrPort {
 }
 
 // bind takes a free port of the range, the last ones first: the proxy begins with the first ones.
-func (t trial) bind(fd int) error {
+func (t Trial) bind(fd int) error {
 	for port := t.Ports.Last; ; port-- {
 		err := unix.Bind(fd, sockaddr(t.address(netip.AddrPortFrom(t.From, port))))
 		if !errors.Is(err, unix.EADDRINUSE) || port == t.Ports.First {
