@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Listeners are the ports of the proxy's three listeners, each bound to 127.0.0.1 and ::1. The capture hands connections
-// to them; they are no port that an app or a peer ever sees.
+// Listeners are the ports of the proxy's three listeners. The capture hands connections to them; they are no port that an
+// app or a peer ever sees.
 type Listeners struct {
 	Outbound   uint16 `json:"outbound"`    // what the app dials
 	Inbound    uint16 `json:"inbound"`     // what dials the app, passed on in the client's name
@@ -100,9 +100,21 @@ func (c Capture) Validate() error {
 	return errors.Join(append(errs, c.Selection.problems()...)...)
 }
 
+// Listen says on which addresses the proxy's three listeners are, and so which backends it can serve.
+type Listen string
+
+// The backends `ebpf` and `tproxy` hand over connections whose local address is that of another host, which takes
+// CAP_NET_RAW. `redirect` rewrites that address to one of this host, inbound to that of the interface, and takes nothing.
+const (
+	ListenAuto     Listen = "auto"     // loopback, or any without the capability
+	ListenLoopback Listen = "loopback" // 127.0.0.1 and ::1, for `ebpf` and `tproxy`
+	ListenAny      Listen = "any"      // every address of this host, for `redirect`; with the capability, for all three
+)
+
 // Proxy configures the sidecar itself.
 type Proxy struct {
 	Shared
+	Listen         Listen         `json:"listen"`
 	ConnectTimeout time.Duration  `json:"connect_timeout"` // of a dial, in place of the app's own
 	DrainTimeout   time.Duration  `json:"drain_timeout"`   // how long SIGTERM waits for live connections
 	MaxConnections int            `json:"max_connections"` // 0: as many as the descriptor limit allows
@@ -116,6 +128,7 @@ type Proxy struct {
 func DefaultProxy() Proxy {
 	return Proxy{
 		Shared:         DefaultShared(),
+		Listen:         ListenAuto,
 		ConnectTimeout: 10 * time.Second,
 		DrainTimeout:   30 * time.Second,
 		Admin:          netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), PortAdmin),
@@ -127,6 +140,11 @@ func DefaultProxy() Proxy {
 // Validate reports every problem at once.
 func (p Proxy) Validate() error {
 	errs := p.problems()
+	switch p.Listen {
+	case ListenAuto, ListenLoopback, ListenAny:
+	default:
+		errs = append(errs, fmt.Errorf("--listen %q: must be auto, loopback or any", p.Listen))
+	}
 	if p.ConnectTimeout <= 0 {
 		errs = append(errs, fmt.Errorf("--connect-timeout %s: must be positive", p.ConnectTimeout))
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/proxy/listen"
 	"github.com/pillionproxy/pillion/proxy/upstream"
 )
 
@@ -30,15 +31,20 @@ const (
 // it arrives at our own outbound listener, whose accept knows it again. If this host has no address of a family but
 // loopback and link-local, there is nothing to dial that could be captured, and nothing is tried.
 //
-// It rests while all is well: a capture that is installed later shows itself by the first dial that comes back, and then
-// doubted is called.
+// That is all that can be tried beforehand without sending something off this host, and it shows nothing of a capture that
+// leaves alone what this host sends to itself, as those by iptables do. Under such a one, and one that is installed later,
+// the first dial that comes back tells: it is cut at its accept as any, doubted is called, and from then on that very dial
+// is tried too.
 func (s *Server) keepProving(ctx context.Context) {
+	var returned suspect
 	for {
-		err := s.prove(ctx)
+		err := s.prove(ctx, returned)
 		if ctx.Err() != nil {
 			return
 		}
-		s.proofResult(err)
+		if err != nil || len(s.doubt) == 0 {
+			s.proofResult(err)
+		}
 		var again <-chan time.Time
 		if err != nil {
 			again = time.After(proofAgain)
@@ -47,7 +53,7 @@ func (s *Server) keepProving(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-again:
-		case <-s.doubt:
+		case returned = <-s.doubt:
 			select { // the doubt is in the readiness already; do not dispel it before there was time to read it
 			case <-ctx.Done():
 				return
@@ -57,12 +63,18 @@ func (s *Server) keepProving(ctx context.Context) {
 	}
 }
 
-// doubted notes that a dial of ours was captured, outside of a proof.
-func (s *Server) doubted() {
+// suspect is a dial of ours that came back. The zero value is none.
+type suspect struct {
+	source      netip.Addr
+	destination netip.AddrPort
+}
+
+// doubted notes that a dial of ours was captured, outside of a proof: c is what was accepted.
+func (s *Server) doubted(c upstream.Client) {
 	s.proofResult(upstream.ErrCaptured)
 	select {
-	case s.doubt <- struct{}{}:
-	default:
+	case s.doubt <- suspect{c.Remote().Addr(), c.Local()}:
+	default: // one is enough
 	}
 }
 
@@ -72,18 +84,23 @@ func (s *Server) proofResult(err error) {
 	case err != nil:
 		s.log.Error("not ready", "error", err, "hint", config.HintOf(err))
 	default:
-		s.log.Info("ready: own dials pass uncaptured")
+		s.log.Info("ready: own dials do not come back")
 	}
 }
 
-func (s *Server) prove(ctx context.Context) error {
+var (
+	loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	loopback6 = netip.IPv6Loopback()
+)
+
+// prove tries what can be tried, and the dial that came back last, if one has.
+func (s *Server) prove(ctx context.Context, returned suspect) error {
 	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
 	defer cancel()
-	families := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
-	if s.outbound.HasIPv6() {
-		families = append(families, netip.IPv6Loopback())
-	}
-	for _, loopback := range families {
+	for _, loopback := range []netip.Addr{loopback4, loopback6} {
+		if !listen.IsOwn(loopback) {
+			continue
+		}
 		l, err := listenAtOwnAddress(ctx, loopback.Is4())
 		if err != nil {
 			return fmt.Errorf("own dials could not be proven to pass uncaptured: %w", err)
@@ -95,7 +112,50 @@ func (s *Server) prove(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	if returned == (suspect{}) {
+		return nil
+	}
+	return s.proveAgain(ctx, returned)
+}
+
+// proveAgain repeats a dial that came back. If it comes through this time, it says nothing and is reset: to its server, one
+// more connection from an app that has just tried to make one.
+func (s *Server) proveAgain(ctx context.Context, d suspect) error {
+	if !listen.IsOwn(d.source) {
+		return nil // in a client's name: the answers would go to that client
+	}
+	conn, captured, err := s.dialer.Probe(ctx, d.source, d.destination)
+	switch {
+	case errors.Is(err, upstream.ErrCaptured):
+		return upstream.ErrCaptured
+	case err != nil:
+		return nil // refused, unreachable or not answered: by whomever, not by us
+	}
+	defer conn.Abort()
+	// Connected, but by our own kernel if it was captured, and not accepted yet. A listener accepts in the order in which it
+	// was connected to; so we connect to it, and when that is accepted, it is known of the other.
+	loopback := loopback4
+	if d.destination.Addr().Is6() {
+		loopback = loopback6
+	}
+	marker, accepted, err := s.dialer.Probe(ctx, loopback, netip.AddrPortFrom(loopback, s.outbound.Port()))
+	if marker != nil {
+		defer marker.Abort()
+	}
+	if err != nil && !errors.Is(err, upstream.ErrCaptured) {
+		return fmt.Errorf("own dials could not be proven to pass uncaptured: dial the outbound listener: %w", err)
+	}
+	select {
+	case <-accepted:
+	case <-ctx.Done():
+		return fmt.Errorf("own dials could not be proven to pass uncaptured: the outbound listener does not accept: %w", ctx.Err())
+	}
+	select {
+	case <-captured:
+		return upstream.ErrCaptured
+	default:
+		return nil
+	}
 }
 
 // listenAtOwnAddress opens a listener at the first address of this host that can be captured; nil if there is none.

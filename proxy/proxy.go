@@ -4,8 +4,8 @@
 // meant to go, and passes on what both sides say.
 //
 // What always holds:
-//   - The proxy knows nothing of how connections come to it. The local address of an accepted connection is its original
-//     destination; there is nothing to look up.
+//   - The proxy is not told how connections come to it. Package listen finds out whom each client meant, and above it that
+//     is the connection's local address, whatever the backend of the capture.
 //   - A connection has one handler, which is straight-line code from the accept to the close, and one record, which is
 //     closed with one reason. When the handler returns, both sockets are closed.
 //   - A handler sees connections through small interfaces (tcp.Conn, upstream.Client). What is below them, goroutines and
@@ -55,7 +55,7 @@ type Server struct {
 	carrying context.Context // of the connections, which outlive Serve's by the drain: done when those left are to be aborted
 	abort    context.CancelFunc
 	state    readiness
-	doubt    chan struct{} // one place: a dial of ours has come back
+	doubt    chan suspect  // one place: a dial of ours that has come back
 	failing  atomic.Int64  // when an accept that failed was last logged, in Unix seconds
 	cut      chan struct{} // closed by Close
 	cutOnce  sync.Once
@@ -73,11 +73,14 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Access == nil {
 		cfg.Access = cfg.Log
 	}
-	s := &Server{cfg: cfg.Proxy, log: cfg.Log, doubt: make(chan struct{}, 1), cut: make(chan struct{})}
+	s := &Server{cfg: cfg.Proxy, log: cfg.Log, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
 	if err := s.listen(); err != nil {
 		s.closeListeners()
 		return nil, err
+	}
+	if !s.outbound.Kind().Transparent {
+		s.log.Warn("no CAP_NET_RAW: serves the backend redirect alone")
 	}
 	if !s.outbound.HasIPv6() {
 		s.log.Warn("this host has no ::1: going on with IPv4 only")
@@ -111,6 +114,7 @@ func usable(s config.Shared, port uint16) bool {
 }
 
 func (s *Server) listen() (err error) {
+	kind := listen.KindOf(s.cfg.Listen)
 	ok := func(port uint16) bool { return usable(s.cfg.Shared, port) }
 	for _, l := range []struct {
 		listener **listen.Listener
@@ -120,7 +124,7 @@ func (s *Server) listen() (err error) {
 		{&s.inbound, &s.cfg.Listeners.Inbound},
 		{&s.inboundOwn, &s.cfg.Listeners.InboundOwn},
 	} {
-		if *l.listener, err = listen.Open(*l.port, ok); err != nil {
+		if *l.listener, err = listen.Open(kind, *l.port, ok); err != nil {
 			return err
 		}
 		*l.port = (*l.listener).Port()
@@ -144,6 +148,16 @@ func openHTTP(flag string, addr netip.AddrPort) (net.Listener, error) {
 		}
 	}
 	return l, nil
+}
+
+// isListener reports whether the address is one of the proxy's listeners.
+func (s *Server) isListener(a netip.AddrPort) bool {
+	for _, l := range []*listen.Listener{s.outbound, s.inbound, s.inboundOwn} {
+		if l.At(a) {
+			return true
+		}
+	}
+	return false
 }
 
 // closeListeners closes what was opened; what was not is nil.

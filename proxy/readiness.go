@@ -5,6 +5,8 @@ package proxy
 import (
 	"errors"
 	"sync"
+
+	"github.com/pillionproxy/pillion/proxy/upstream"
 )
 
 // phase is where a server is in its life.
@@ -60,6 +62,13 @@ func (r *readiness) prove(err error) (changed bool) {
 	changed = r.proven != (err == nil) || err != nil && r.doubt == nil
 	r.proven, r.doubt = err == nil, err
 	return changed
+}
+
+// looping reports whether a dial of ours has come back, and none has been seen to come through since.
+func (r *readiness) looping() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return errors.Is(r.doubt, upstream.ErrCaptured)
 }
 
 // entered reports whether the phase has been reached.

@@ -30,7 +30,7 @@ type client interface {
 }
 
 var (
-	errOwnListener = errors.New("the destination is a listener of this proxy")
+	errOwnListener = errors.New("the destination is a listener of this proxy: connected to as such, or redirected and forgotten by connection tracking")
 	errShutdown    = errors.New("still open when the proxy had to end (--drain-timeout, or a second signal)")
 	errLimit       = errors.New("as many connections as may be are open (--max-connections, or the descriptor limit)")
 )
@@ -41,8 +41,16 @@ func (r *route) Accepted(c *listen.Conn) {
 		c.Abort()
 		if !probe { // a probe's result is for the proof to tell
 			r.refused(c, telemetry.OwnDialCaptured, upstream.ErrCaptured)
-			r.doubted()
+			r.doubted(c)
 		}
+		return
+	}
+	// Where two redirected connections would look alike to us, connection tracking gives the later one another source port, so
+	// that a dial of ours can come back unknown. While dials are coming back, nothing redirected is dialled for: that would
+	// bring forth the next one, and so on.
+	if r.direction == telemetry.Outbound && c.Redirected() && r.state.looping() {
+		c.Abort()
+		r.refused(c, telemetry.OwnDialCaptured, upstream.ErrCaptured)
 		return
 	}
 	if !r.live.Enter() {
@@ -88,7 +96,7 @@ func (r *route) carry(c client, record *telemetry.Record) error {
 	// Aborting the one side is enough: whatever is being done with it fails, and the other side is reset for that.
 	stop := context.AfterFunc(r.carrying, c.Abort)
 	defer stop()
-	if d := c.Local(); d.Addr().IsLoopback() && r.cfg.Listeners.Contains(d.Port()) {
+	if r.isListener(c.Local()) {
 		c.Abort()
 		return &refusal{telemetry.OwnListener, errOwnListener}
 	}

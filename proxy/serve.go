@@ -18,7 +18,7 @@ func (s *Server) Serve(ctx context.Context) error {
 
 	s.state.enter(serving)
 	stopServing := s.serve(ctx)
-	s.log.Info("serving", "outbound", s.cfg.Listeners.Outbound, "inbound", s.cfg.Listeners.Inbound,
+	s.log.Info("serving", "listen", s.outbound.Kind().String(), "outbound", s.cfg.Listeners.Outbound, "inbound", s.cfg.Listeners.Inbound,
 		"inbound_own", s.cfg.Listeners.InboundOwn, "ipv6", s.outbound.HasIPv6(), "max_connections", s.live.Limit())
 	select {
 	case <-ctx.Done():

@@ -11,7 +11,7 @@ packages_of() {
 	build | image) echo ca-certificates ;;
 	demo) echo ca-certificates nginx-light curl iproute2 util-linux ;;
 	test)
-		echo ca-certificates gcc libc6-dev iproute2 util-linux sudo curl openssl nginx-light \
+		echo ca-certificates gcc libc6-dev iproute2 iptables util-linux sudo curl openssl nginx-light \
 			redis-server redis-tools postgresql postgresql-client openssh-server openssh-client
 		;;
 	bench) echo ca-certificates iproute2 iptables ;;

@@ -25,15 +25,22 @@ func newProxyCommand(e *env) *cobra.Command {
 		Short: "Run the sidecar",
 		Long: `Run the sidecar: take the connections that the capture of "pillion init" hands over, and pass them on.
 
-It needs CAP_NET_RAW and gives up everything else by itself. Inside the captured cgroup it must run as the user that init
-was told (--proxy-uid, 1666 by default), so that the capture leaves its own connections alone; outside of it, as any user.
-It can be started before or after init.
+It needs CAP_NET_RAW, for the backend redirect nothing at all, and gives up everything else by itself. Where the capture
+reaches it, it must run as the user that init was told (--proxy-uid, 1666 by default), so that its own connections are left
+alone; outside of the captured cgroup, as any user. It can be started before or after init.
+
+By --listen auto it listens on loopback, which serves the backends ebpf and tproxy; without CAP_NET_RAW on any address,
+which serves redirect alone. With the capability, --listen any serves all three; whoever connects to those ports without
+being captured is reset. --listen loopback fails without the capability, where auto would go on.
 
 At SIGTERM it stops accepting, waits for the live connections up to --drain-timeout, resets those that are left, and exits
 with 0. A second SIGTERM resets them at once. Every flag can be given as an environment variable: PILLION_CONNECT_TIMEOUT
 for --connect-timeout.`,
 		Example: `  # as in a pod or a systemd unit: a user of its own, one capability
   setpriv --reuid 1666 --regid 1666 --clear-groups --inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw pillion proxy
+
+  # for the backend redirect: no capability at all
+  setpriv --reuid 1666 --regid 1666 --clear-groups --inh-caps=-all --bounding-set=-all pillion proxy
 
   # as root, outside of the captured cgroup; metrics on loopback only, no admin interface
   pillion proxy --health 127.0.0.1:16020 --admin none
@@ -51,6 +58,7 @@ for --connect-timeout.`,
 	f := cmd.Flags()
 	sharedFlags(f, &cfg.Shared)
 	f.Var((*slotFlag)(&cfg.Slot), "slot", "slot of the capture whose connections it takes, if there are several in this network namespace")
+	f.StringVar((*string)(&cfg.Listen), "listen", string(cfg.Listen), "where the three ports are listened on: loopback, any address (for the backend redirect), or auto: loopback, any without CAP_NET_RAW")
 	f.DurationVar(&cfg.ConnectTimeout, "connect-timeout", cfg.ConnectTimeout, "how long a dial may take")
 	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", cfg.DrainTimeout, "how long live connections may go on after SIGTERM")
 	f.IntVar(&cfg.MaxConnections, "max-connections", cfg.MaxConnections, "connections at a time; one more is reset (0: as many as the descriptor limit allows)")

@@ -8,25 +8,18 @@ import (
 	"log/slog"
 	"os"
 
-	"github.com/pillionproxy/pillion/config"
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// DropPrivileges leaves the process, with all its threads, CAP_NET_RAW: transparent sockets, and packet marks since Linux
-// 5.17, need it, and nothing else of the proxy needs any other. On an older kernel CAP_NET_ADMIN stays too, if it is
-// there: without it the marks of apps are lost. Nothing that the process may execute will get anything back.
+// DropPrivileges leaves the process, with all its threads, CAP_NET_RAW, if it has it: transparent sockets, and packet marks
+// since Linux 5.17, need it, and nothing else of the proxy needs any other. On an older kernel CAP_NET_ADMIN stays too, if
+// it is there beside it: without it the marks of apps are lost. A process without CAP_NET_RAW is left nothing; whether it
+// can go on so is for its listeners to tell. Nothing that the process may execute will get anything back.
 //
-// Without CAP_NET_RAW it changes nothing and returns a *config.Fault. A step that fails leaves what is done done.
+// A step that fails leaves what is done done.
 func DropPrivileges(log *slog.Logger) error {
 	had := cap.GetProc()
-	if !has(had, cap.Permitted, cap.NET_RAW) {
-		return &config.Fault{
-			Err:  errors.New("CAP_NET_RAW is missing: the proxy's sockets are transparent, which takes it"),
-			Hint: "run it as root, or give it that one capability: AmbientCapabilities=CAP_NET_RAW in systemd, capabilities.add [NET_RAW] in Kubernetes, setpriv --ambient-caps +net_raw --inh-caps +net_raw",
-			Exit: config.ExitNoPerm,
-		}
-	}
 	if has(had, cap.Effective, cap.SETPCAP) { // else the bounding set stays, but no_new_privs makes it idle
 		if err := dropBounding(); err != nil {
 			return fmt.Errorf("drop the capability bounding set: %w", err)
@@ -34,6 +27,9 @@ func DropPrivileges(log *slog.Logger) error {
 	}
 	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if !has(had, cap.Permitted, cap.NET_RAW) {
+		return setCapabilities(nil, nil)
 	}
 	permitted := []cap.Value{cap.NET_RAW}
 	if has(had, cap.Permitted, cap.NET_ADMIN) && !canMark(permitted) {

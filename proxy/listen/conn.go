@@ -30,7 +30,8 @@ var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 type Conn struct {
 	tcp           *net.TCPConn
 	raw           syscall.RawConn
-	local, remote netip.AddrPort
+	local, remote netip.AddrPort // local: of an accepted connection, its destination
+	redirected    bool           // local is not the socket's own address
 	v6            bool
 
 	in  input
@@ -77,10 +78,14 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Local is our end's address: of an accepted connection, the original destination.
+// Local is our end's address: of an accepted connection, the address that its client meant.
 func (c *Conn) Local() netip.AddrPort { return c.local }
 
-// Remote is the other end's address: of an accepted connection, its true client.
+// Redirected reports whether that is not the address of the socket: the capture has rewritten it.
+func (c *Conn) Redirected() bool { return c.redirected }
+
+// Remote is the other end's address: of an accepted connection, its true client. Of a redirected one the port may be another:
+// connection tracking changes it where the client has two connections that would look alike to us.
 func (c *Conn) Remote() netip.AddrPort { return c.remote }
 
 // Mark is the packet mark of the socket: of an accepted one, the mark with which its SYN was given to us.
@@ -96,10 +101,14 @@ func (c *Conn) Mark() (mark uint32) {
 
 // Device is the index of the device to which the client's socket is bound, 0 if to none. An unbound socket's SYN comes in
 // by lo (index 1 in every network namespace); that of a bound one, by that device. Towards an address of this host
-// nothing can be told: the kernel names the device that has the address, and the dial must not be bound to it.
+// nothing can be told: the kernel names the device that has the address, and the dial must not be bound to it. A redirected
+// connection is never that of a bound socket, whose SYN could not get to lo.
 func (c *Conn) Device() (index int) {
+	if c.redirected {
+		return 0
+	}
 	_ = c.raw.Control(func(fd uintptr) { index = arrivalDevice(int(fd), c.v6) })
-	if index <= 1 || isOwn(c.local.Addr()) {
+	if index <= 1 || IsOwn(c.local.Addr()) {
 		return 0
 	}
 	return index

@@ -25,24 +25,60 @@ const (
 	pickAttempts = 64
 )
 
-// Listener is one of the proxy's listeners: a port on 127.0.0.1 and on ::1. Close may be called more than once.
+// Kind says what sockets a listener has.
+type Kind struct {
+	// Any: 0.0.0.0 and [::], else 127.0.0.1 and ::1.
+	Any bool
+	// Transparent: it can be given connections to addresses that are not this host's. That takes CAP_NET_RAW.
+	Transparent bool
+}
+
+// KindOf is the kind of listener that is asked for, as far as this process may have it.
+func KindOf(l config.Listen) Kind {
+	switch l {
+	case config.ListenLoopback:
+		return Kind{Transparent: true}
+	case config.ListenAny:
+		return Kind{Any: true, Transparent: mayBeTransparent()}
+	default:
+		may := mayBeTransparent()
+		return Kind{Any: !may, Transparent: may}
+	}
+}
+
+func (k Kind) addresses() (v4, v6 netip.Addr) {
+	if k.Any {
+		return netip.IPv4Unspecified(), netip.IPv6Unspecified()
+	}
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()
+}
+
+func (k Kind) String() string {
+	if k.Any {
+		return "any address"
+	}
+	return "loopback"
+}
+
+// Listener is one of the proxy's listeners: a port, in both families. Close may be called more than once.
 type Listener struct {
+	kind    Kind
 	port    uint16
 	sockets []*net.TCPListener // IPv4, then IPv6 if there is IPv6
 }
 
 // Open listens on the port. Port 0 is a free one for which usable, called with it, returns true. The error is a
 // *config.Fault. On a host without IPv6 the listener has IPv4 alone; HasIPv6 tells.
-func Open(port uint16, usable func(uint16) bool) (*Listener, error) {
+func Open(kind Kind, port uint16, usable func(uint16) bool) (*Listener, error) {
 	if port != 0 {
-		return openFixed(port)
+		return openFixed(kind, port)
 	}
 	for range pickAttempts {
-		l, err := open(0)
+		l, err := open(kind, 0)
 		switch {
 		case errors.Is(err, unix.EADDRINUSE): // free in IPv4, not in IPv6
 		case err != nil:
-			return nil, fault(0, err)
+			return nil, fault(kind, 0, err)
 		case usable(l.port):
 			return l, nil
 		default:
@@ -50,30 +86,30 @@ func Open(port uint16, usable func(uint16) bool) (*Listener, error) {
 		}
 	}
 	return nil, &config.Fault{
-		Err:  errors.New("listen on loopback: found no free port outside the dial ranges"),
+		Err:  fmt.Errorf("listen on %s: found no free port outside the dial ranges", kind),
 		Hint: "widen net.ipv4.ip_local_port_range, or name the listeners' ports",
 	}
 }
 
-func openFixed(port uint16) (*Listener, error) {
+func openFixed(kind Kind, port uint16) (*Listener, error) {
 	for end := time.Now().Add(borrowed); ; time.Sleep(borrowedStep) {
-		l, err := open(port)
+		l, err := open(kind, port)
 		if err == nil {
 			return l, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
-			return nil, fault(port, err)
+			return nil, fault(kind, port, err)
 		}
 	}
 }
 
-func fault(port uint16, err error) error {
-	f := &config.Fault{Err: fmt.Errorf("listen on port %d of loopback: %w", port, err)}
+func fault(kind Kind, port uint16, err error) error {
+	f := &config.Fault{Err: fmt.Errorf("listen on port %d of %s: %w", port, kind, err)}
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
 		f.Hint = fmt.Sprintf("another process listens there (see `ss -ltnp sport = :%d`); end it, or give init and proxy other ports", port)
 	case errors.Is(err, unix.EPERM):
-		f.Hint = "the proxy needs CAP_NET_RAW for transparent sockets: run it as root, or with that capability ambient (AmbientCapabilities= in systemd, capabilities.add in Kubernetes)"
+		f.Hint = "transparent sockets take CAP_NET_RAW: run the proxy as root, or with that capability ambient (AmbientCapabilities= in systemd, capabilities.add in Kubernetes, setpriv --ambient-caps +net_raw --inh-caps +net_raw); the backend redirect needs none: --listen auto, or any"
 		f.Exit = config.ExitNoPerm
 	case errors.Is(err, unix.EACCES):
 		f.Hint = "ports below 1024 take CAP_NET_BIND_SERVICE; choose others"
@@ -83,13 +119,14 @@ func fault(port uint16, err error) error {
 }
 
 // open listens on both families, or on IPv4 alone where there is no IPv6.
-func open(port uint16) (*Listener, error) {
-	v4, err := listen(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)
+func open(kind Kind, port uint16) (*Listener, error) {
+	addr4, addr6 := kind.addresses()
+	v4, err := kind.listen(addr4, port)
 	if err != nil {
 		return nil, err
 	}
-	l := &Listener{port: addrPort(v4.Addr()).Port(), sockets: []*net.TCPListener{v4}}
-	v6, err := listen(netip.IPv6Loopback(), l.port)
+	l := &Listener{kind: kind, port: addrPort(v4.Addr()).Port(), sockets: []*net.TCPListener{v4}}
+	v6, err := kind.listen(addr6, l.port)
 	switch {
 	case err == nil:
 		l.sockets = append(l.sockets, v6)
@@ -102,15 +139,15 @@ func open(port uint16) (*Listener, error) {
 	return l, nil
 }
 
-func listen(addr netip.Addr, port uint16) (*net.TCPListener, error) {
+func (k Kind) listen(addr netip.Addr, port uint16) (*net.TCPListener, error) {
 	lc := net.ListenConfig{
 		KeepAlive: -1, // SetCommon does it, once for all accepted sockets
-		Control:   func(_, _ string, c syscall.RawConn) error { return control(c, addr.Is6()) },
+		Control:   func(_, _ string, c syscall.RawConn) error { return k.control(c, addr.Is6()) },
 	}
 	lc.SetMultipathTCP(false) // an MPTCP listener cannot be given a connection
 	network := "tcp4"
 	if addr.Is6() {
-		network = "tcp6"
+		network = "tcp6" // IPV6_V6ONLY: an IPv4 connection is always that of an IPv4 socket
 	}
 	l, err := lc.Listen(context.Background(), network, netip.AddrPortFrom(addr, port).String())
 	if err != nil {
@@ -121,11 +158,13 @@ func listen(addr netip.Addr, port uint16) (*net.TCPListener, error) {
 
 // control sets the options in the order of what each needs: transparent before bind, all before listen, since accepted
 // sockets inherit them. SO_MARK stays 0: it would be inherited too, and taken for the app's.
-func control(c syscall.RawConn, v6 bool) error {
+func (k Kind) control(c syscall.RawConn, v6 bool) error {
 	var err error
 	cerr := c.Control(func(fd uintptr) {
-		if err = SetTransparent(int(fd), v6); err != nil {
-			return
+		if k.Transparent {
+			if err = SetTransparent(int(fd), v6); err != nil {
+				return
+			}
 		}
 		if err = setPacketInfo(int(fd), v6); err != nil {
 			return
@@ -138,8 +177,16 @@ func control(c syscall.RawConn, v6 bool) error {
 // Port is the port that is listened on.
 func (l *Listener) Port() uint16 { return l.port }
 
-// HasIPv6 reports whether ::1 is listened on, beside 127.0.0.1.
+// Kind is what it was opened as.
+func (l *Listener) Kind() Kind { return l.kind }
+
+// HasIPv6 reports whether there is a socket for IPv6, beside that for IPv4.
 func (l *Listener) HasIPv6() bool { return len(l.sockets) > 1 }
+
+// At reports whether who connects to the address comes to this listener, captured or not.
+func (l *Listener) At(a netip.AddrPort) bool {
+	return a.Port() == l.port && (a.Addr().IsLoopback() || l.kind.Any && IsOwn(a.Addr()))
+}
 
 // Close ends the listener. Connections that were not accepted yet are reset.
 func (l *Listener) Close() {
@@ -163,7 +210,7 @@ type Accepter interface {
 func (l *Listener) Serve(a Accepter) {
 	var wg sync.WaitGroup
 	for _, s := range l.sockets {
-		wg.Go(func() { accept(s, a) })
+		wg.Go(func() { l.accept(s, a) })
 	}
 	wg.Wait()
 }
@@ -172,9 +219,9 @@ func (l *Listener) Serve(a Accepter) {
 // been used up by somebody else.
 const retryAccept = 100 * time.Millisecond
 
-func accept(l *net.TCPListener, a Accepter) {
+func (l *Listener) accept(s *net.TCPListener, a Accepter) {
 	for {
-		tcp, err := l.AcceptTCP()
+		tcp, err := s.AcceptTCP()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -191,6 +238,7 @@ func accept(l *net.TCPListener, a Accepter) {
 			_ = tcp.Close() // SyscallConn of an open connection does not fail
 			continue
 		}
+		c.findDestination(l.port)
 		a.Accepted(c)
 	}
 }

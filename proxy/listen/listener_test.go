@@ -32,11 +32,14 @@ func needRoot(t *testing.T) {
 	t.Skip("needs root")
 }
 
+// transparent is the kind of a proxy with its capability.
+var transparent = Kind{Transparent: true}
+
 func any16(uint16) bool { return true }
 
 func mustOpen(t *testing.T, port uint16) *Listener {
 	t.Helper()
-	l, err := Open(port, any16)
+	l, err := Open(transparent, port, any16)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +224,7 @@ func TestWatch(t *testing.T) {
 func TestChosenPortIsTheSameInBothFamiliesAndUsable(t *testing.T) {
 	needRoot(t)
 	asked := 0
-	l, err := Open(0, func(port uint16) bool {
+	l, err := Open(transparent, 0, func(port uint16) bool {
 		asked++
 		return asked > 3
 	})
@@ -234,7 +237,7 @@ func TestChosenPortIsTheSameInBothFamiliesAndUsable(t *testing.T) {
 			t.Errorf("%s, want port %d", s.Addr(), l.Port())
 		}
 	}
-	if _, err := Open(0, func(uint16) bool { return false }); config.HintOf(err) == "" {
+	if _, err := Open(transparent, 0, func(uint16) bool { return false }); config.HintOf(err) == "" {
 		t.Errorf("no usable port: %v; want an error with a hint", err)
 	}
 }
@@ -251,7 +254,7 @@ func TestPortInUse(t *testing.T) {
 			t.Run("borrowed", func(t *testing.T) {
 				opened := make(chan error)
 				go func() {
-					l, err := Open(port, any16)
+					l, err := Open(transparent, port, any16)
 					if err == nil {
 						l.Close()
 					}
@@ -269,7 +272,7 @@ func TestPortInUse(t *testing.T) {
 					t.Skip(err)
 				}
 				defer squatter.Close()
-				_, err = Open(port, any16)
+				_, err = Open(transparent, port, any16)
 				if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(config.HintOf(err), "ss -ltnp") {
 					t.Errorf("%v, hint %q", err, config.HintOf(err))
 				}

@@ -3,6 +3,7 @@
 package listen
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"unsafe"
@@ -32,6 +33,27 @@ func SetTransparent(fd int, v6 bool) error {
 		return SetOption(fd, "IPV6_TRANSPARENT", unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
 	}
 	return SetOption(fd, "IP_TRANSPARENT", unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+}
+
+// mayBeTransparent reports whether the process may have transparent sockets in its network namespace.
+func mayBeTransparent() bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return true // not a matter of rights: whoever listens next is told
+	}
+	defer func() { _ = unix.Close(fd) }()
+	return !errors.Is(SetTransparent(fd, false), unix.EPERM)
+}
+
+// getOption reads a socket option into buf and returns its length.
+func getOption(fd, level, opt int, buf []byte) (int, error) {
+	size := uint32(len(buf))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(opt),
+		uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return min(int(size), len(buf)), nil
 }
 
 // SetCommon sets what both sides of every relayed connection have: a reset instead of a clean end if the proxy dies;
@@ -79,17 +101,15 @@ func setPacketInfo(fd int, v6 bool) error {
 // do_ip_getsockopt in net/ipv4/ip_sockglue.c).
 func arrivalDevice(fd int, v6 bool) int {
 	var buf [256]byte
-	size := uint32(len(buf))
 	level, opt := unix.SOL_IP, ipPktOptions
 	if v6 {
 		level, opt = unix.SOL_IPV6, unix.IPV6_2292PKTOPTIONS
 	}
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(opt),
-		uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&size)), 0)
-	if errno != 0 || size == 0 || int(size) > len(buf) {
+	n, err := getOption(fd, level, opt, buf[:])
+	if err != nil || n == 0 {
 		return 0
 	}
-	messages, err := unix.ParseSocketControlMessage(buf[:size])
+	messages, err := unix.ParseSocketControlMessage(buf[:n])
 	if err != nil {
 		return 0
 	}
@@ -105,9 +125,9 @@ func arrivalDevice(fd int, v6 bool) int {
 	return 0
 }
 
-// isOwn reports whether the address is one of this host: whether a socket can be bound to it.
-func isOwn(a netip.Addr) bool {
-	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: a.As16()})
+// IsOwn reports whether the address is one of this host: whether a socket can be bound to it.
+func IsOwn(a netip.Addr) bool {
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: a.As16(), ZoneId: zoneIndex(a.Zone())})
 	if a.Is4() {
 		family, sa = unix.AF_INET, &unix.SockaddrInet4{Addr: a.As4()}
 	}

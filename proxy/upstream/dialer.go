@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package upstream makes the proxy's own connections: to where the app wanted to go, in the app's name, and to the app, in
-// its client's name.
+// its client's name where the capture would bring the answers back, else in the app's own.
 //
 // What always holds: a dial goes out from the address of the one it is made for, by that one's device and with that one's
 // packet mark, as far as the host allows; its port is of a range of the proxy's own, so that no port is taken that the
@@ -29,6 +29,7 @@ import (
 type Client interface {
 	Remote() netip.AddrPort // who opened it
 	Local() netip.AddrPort  // whom they meant
+	Redirected() bool       // the capture rewrote the latter: it knows no mark, and the proxy by its user alone
 	Mark() uint32
 	Device() int
 }
@@ -77,8 +78,13 @@ func (d *Dialer) Outbound(ctx context.Context, c Client) (*Conn, error) {
 	})
 }
 
-// Inbound dials the app in the name of its client, or, where the host does not let us, as InboundOwn does.
+// Inbound dials the app in the name of its client, or, where the host does not let us, as InboundOwn does. Of a redirected
+// connection the app's answers would go to the client itself, past us: it is dialled from the address that its client
+// dialled, whatever the host would let us do.
 func (d *Dialer) Inbound(ctx context.Context, c Client) (*Conn, error) {
+	if c.Redirected() {
+		return d.dial(ctx, plan{source: c.Local().Addr(), destination: c.Local(), ports: d.inbound})
+	}
 	conn, err := d.dial(ctx, plan{
 		source:      c.Remote().Addr(),
 		destination: c.Local(),

@@ -40,10 +40,12 @@ type fakeClient struct {
 	remote, local netip.AddrPort
 	mark          uint32
 	device        int
+	redirected    bool
 }
 
 func (c fakeClient) Remote() netip.AddrPort { return c.remote }
 func (c fakeClient) Local() netip.AddrPort  { return c.local }
+func (c fakeClient) Redirected() bool       { return c.redirected }
 func (c fakeClient) Mark() uint32           { return c.mark }
 func (c fakeClient) Device() int            { return c.device }
 
@@ -105,19 +107,23 @@ func TestDialsComeFromTheirClientAndOurRange(t *testing.T) {
 		ports            config.PortRange
 		mark             uint32 // of the client
 		want             uint32 // of the dial
+		redirected       bool
 	}{
-		{"outbound", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, 0, 0},
-		{"outbound, marked by app and capture", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, 5 | config.Slot(1).Mark(config.RoleReply), 5},
-		{"outbound, with another slot's mark", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, config.Slot(0).Mark(config.RoleOut), config.Slot(0).Mark(config.RoleOut)},
-		{"outbound, IPv6", "[::1]:0", "[::1]:40000", outbound, "::1", outRange, 0, 0},
-		{"inbound", "127.0.0.1:0", "127.0.0.9:40000", inbound, "127.0.0.9", inRange, 77, config.Slot(1).Mark(config.RoleDial)},
-		{"inbound, IPv6", "[::1]:0", "[::1]:40000", inbound, "::1", inRange, 0, config.Slot(1).Mark(config.RoleDial)},
-		{"inbound from our own address", "127.0.0.1:0", "127.0.0.9:40000", inboundOwn, "127.0.0.1", outRange, 77, config.Slot(1).Mark(config.RoleProxy)},
+		{"outbound", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, 0, 0, false},
+		{"outbound, marked by app and capture", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, 5 | config.Slot(1).Mark(config.RoleReply), 5, false},
+		{"outbound, with another slot's mark", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, config.Slot(0).Mark(config.RoleOut), config.Slot(0).Mark(config.RoleOut), false},
+		{"outbound, IPv6", "[::1]:0", "[::1]:40000", outbound, "::1", outRange, 0, 0, false},
+		{"outbound, redirected", "127.0.0.1:0", "127.0.0.7:40000", outbound, "127.0.0.7", outRange, 5, 5, true},
+		{"inbound", "127.0.0.1:0", "127.0.0.9:40000", inbound, "127.0.0.9", inRange, 77, config.Slot(1).Mark(config.RoleDial), false},
+		{"inbound, IPv6", "[::1]:0", "[::1]:40000", inbound, "::1", inRange, 0, config.Slot(1).Mark(config.RoleDial), false},
+		{"inbound, redirected", "127.0.0.1:0", "127.0.0.9:40000", inbound, "127.0.0.1", inRange, 77, 0, true},
+		{"inbound, redirected, IPv6", "[::1]:0", "[2001:db8::9]:40000", inbound, "::1", inRange, 0, 0, true},
+		{"inbound from our own address", "127.0.0.1:0", "127.0.0.9:40000", inboundOwn, "127.0.0.1", outRange, 77, config.Slot(1).Mark(config.RoleProxy), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			to, accepted := server(t, tt.at)
 			d, log := testDialer(t)
-			c, err := tt.dial(d)(t.Context(), fakeClient{remote: ap(tt.client), local: to, mark: tt.mark})
+			c, err := tt.dial(d)(t.Context(), fakeClient{remote: ap(tt.client), local: to, mark: tt.mark, redirected: tt.redirected})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -298,6 +304,57 @@ func onThreadOfItsOwn(f func()) {
 	<-done
 }
 
+// withoutCapabilities runs f on a thread that has none.
+func withoutCapabilities(t *testing.T, f func()) {
+	onThreadOfItsOwn(func() {
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			t.Error(err)
+			return
+		}
+		f()
+	})
+}
+
+// TestRedirectedConnectionsTakeNoCapability: they are dialled for as ever, and nothing is said to be lost, but the mark of
+// an app that has one.
+func TestRedirectedConnectionsTakeNoCapability(t *testing.T) {
+	needRoot(t)
+	for _, tt := range []struct {
+		name   string
+		dial   func(*Dialer) func(context.Context, Client) (*Conn, error)
+		mark   uint32
+		source string
+		ports  config.PortRange
+		says   string
+	}{
+		{"outbound", outbound, 0, "127.0.0.7", outRange, ""},
+		{"outbound, marked", outbound, 5, "127.0.0.7", outRange, "packet marks"},
+		{"inbound", inbound, 5, "127.0.0.1", inRange, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			to, accepted := server(t, "127.0.0.1:0")
+			d, log := testDialer(t)
+			withoutCapabilities(t, func() {
+				c, err := tt.dial(d)(t.Context(), fakeClient{remote: ap("127.0.0.7:40000"), local: to, mark: tt.mark, redirected: true})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer c.Abort()
+				<-accepted
+				if c.Local().Addr().String() != tt.source || !tt.ports.Contains(c.Local().Port()) {
+					t.Errorf("dialled from %s, want %s and a port of %s", c.Local(), tt.source, tt.ports)
+				}
+			})
+			if got := log.String(); tt.says == "" && got != "" || !strings.Contains(got, tt.says) {
+				t.Errorf("logged %q, want %q", got, tt.says)
+			}
+		})
+	}
+}
+
 func TestNoRoute(t *testing.T) {
 	needRoot(t)
 	d, _ := testDialer(t)
@@ -317,13 +374,7 @@ func TestWithoutTheRightToTheClientsNameInboundSaysSoOnce(t *testing.T) {
 	needRoot(t)
 	to, accepted := server(t, "127.0.0.1:0")
 	d, log := testDialer(t)
-	onThreadOfItsOwn(func() {
-		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		var none [2]unix.CapUserData
-		if err := unix.Capset(&header, &none[0]); err != nil {
-			t.Error(err)
-			return
-		}
+	withoutCapabilities(t, func() {
 		for range 2 {
 			c, err := d.Inbound(t.Context(), fakeClient{remote: ap("198.51.100.1:40000"), local: to})
 			if err != nil {
