@@ -10,16 +10,17 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// RequireCapabilities reports which of the two capabilities of the init step this process lacks.
-func RequireCapabilities() error {
+// RequireCapabilities reports which of the two capabilities of the backend ebpf this process lacks.
+func RequireCapabilities() error { return requireCapabilities(cap.BPF, cap.NET_ADMIN) }
+
+func requireCapabilities(need ...cap.Value) error {
 	have := cap.GetProc()
-	var missing []string
-	for _, c := range []struct {
-		value cap.Value
-		name  string
-	}{{cap.BPF, "CAP_BPF"}, {cap.NET_ADMIN, "CAP_NET_ADMIN"}} {
-		if ok, err := have.GetFlag(cap.Effective, c.value); err != nil || !ok {
-			missing = append(missing, c.name)
+	var missing, all []string
+	for _, c := range need {
+		name := strings.ToUpper(c.String())
+		all = append(all, name)
+		if ok, err := have.GetFlag(cap.Effective, c); err != nil || !ok {
+			missing = append(missing, name)
 		}
 	}
 	if len(missing) == 0 {
@@ -27,7 +28,7 @@ func RequireCapabilities() error {
 	}
 	return &config.Fault{
 		Err:  fmt.Errorf("missing %s", strings.Join(missing, " and ")),
-		Hint: "run it as root (sudo), or give the process CAP_BPF and CAP_NET_ADMIN",
+		Hint: fmt.Sprintf("run it as root (sudo), or give the process %s", strings.Join(all, " and ")),
 		Exit: config.ExitNoPerm,
 	}
 }

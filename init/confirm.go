@@ -16,7 +16,7 @@ import (
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
-	"github.com/pillionproxy/pillion/redirect/ebpf"
+	"github.com/pillionproxy/pillion/redirect/iptables"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,9 +31,11 @@ const confirmName = "@pillion/confirm"
 
 // guard is what the guarding process is told on its standard input. Its listener is descriptor 3.
 type guard struct {
-	After    time.Duration   `json:"after"`
-	Cgroup   string          `json:"cgroup"`
-	Previous *config.Capture `json:"previous,omitempty"` // to give back; nil: nothing was captured before
+	After    time.Duration    `json:"after"`
+	Backend  Backend          `json:"backend"`
+	Flavour  iptables.Flavour `json:"flavour,omitempty"`
+	Cgroup   string           `json:"cgroup"`
+	Previous *config.Capture  `json:"previous,omitempty"` // to give back; nil: nothing was captured before
 }
 
 // errPending says that an installation waits to be confirmed.
@@ -109,25 +111,27 @@ func RunGuard(ctx context.Context, in io.Reader, listener *os.File) error {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return fmt.Errorf("wait for a confirmation: %w", err)
 	}
-	return g.takeBack(ctx)
-}
-
-// takeBack gives back what was captured before, which may be nothing.
-func (g guard) takeBack(ctx context.Context) error {
-	if g.Previous == nil {
-		return Clean(ctx, g.Cgroup)
-	}
-	t, err := findTarget(g.Cgroup)
-	if err != nil {
-		return err
-	}
-	defer t.Close()
 	release, err := redirect.Lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer release()
-	_, err = install(ctx, t, Options{Policy: *g.Previous})
+	return g.takeBack(ctx)
+}
+
+// remember notes what is captured now, and reports whether anything is.
+func (g *guard) remember(ctx context.Context, b capturer, policy config.Capture) (found bool, err error) {
+	g.Previous, found, err = b.previous(ctx, policy)
+	return found, err
+}
+
+// takeBack gives back what was captured before, which may be nothing. The caller holds the redirect.Lock.
+func (g guard) takeBack(ctx context.Context) error {
+	b := capturerOf(g.Backend)
+	if g.Previous == nil {
+		return b.remove(ctx, g.Cgroup)
+	}
+	_, err := b.install(ctx, Options{Backend: g.Backend, Flavour: g.Flavour, Policy: *g.Previous})
 	return err
 }
 
@@ -145,22 +149,4 @@ func Confirm() error {
 		return errors.New("the time was over in this moment: the installation is being taken back")
 	}
 	return nil
-}
-
-// previousPolicy is what captures the cgroup now; nil if nothing does, or if it may not be read: then nothing may be
-// replaced either, for both take CAP_SYS_ADMIN.
-func previousPolicy(cgroupID uint64, slot config.Slot) (policy *config.Capture, found bool, err error) {
-	reports, err := ebpf.Inspect()
-	if err != nil {
-		return nil, false, err
-	}
-	for _, r := range reports {
-		if r.CgroupID == cgroupID && r.Slot == slot {
-			if r.Policy != nil {
-				r.Policy.Cgroup = r.Cgroup
-			}
-			return r.Policy, true, nil
-		}
-	}
-	return nil, false, nil
 }

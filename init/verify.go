@@ -52,19 +52,24 @@ func verify(ctx context.Context, t target, policy config.Capture) ([]redirect.Ch
 		}
 		checks = append(checks, more...)
 	}
-	var failed []string
+	return checks, failed(checks)
+}
+
+// failed is the error of checks that failed, which it names; nil if there are none.
+func failed(checks []redirect.Check) error {
+	var list []string
 	for _, c := range checks {
 		if !c.OK {
-			failed = append(failed, c.String())
+			list = append(list, c.String())
 		}
 	}
-	if len(failed) > 0 {
-		return checks, &config.Fault{
-			Err:  fmt.Errorf("verify the capture: %s", strings.Join(failed, "; ")),
-			Hint: "`pillion status` shows the parts; packet filters and other users of tc or of the mark bits are the usual causes",
-		}
+	if len(list) == 0 {
+		return nil
 	}
-	return checks, nil
+	return &config.Fault{
+		Err:  fmt.Errorf("verify the capture: %s", strings.Join(list, "; ")),
+		Hint: "`pillion status` shows the parts; packet filters and other users of tc or of the mark bits are the usual causes",
+	}
 }
 
 // probeExcluded tries what the processes of an excluded cgroup do.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect/route"
 )
 
@@ -65,4 +66,26 @@ func (p Plan) inspectRules() ([]Item, error) {
 		items = append(items, item)
 	}
 	return items, nil
+}
+
+// InspectProxy tells whether a proxy listens, and what happens while none does. It is no part of a capture.
+func InspectProxy(l config.Listeners, down, downInbound config.FailureMode) []Item {
+	there := ListeningSockets()
+	var items []Item
+	for _, p := range []struct {
+		name string
+		port uint16
+		down config.FailureMode
+	}{{"outbound", l.Outbound, down}, {"inbound", l.Inbound, downInbound}} {
+		item := Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: StateOK, Detail: "listens"}
+		if !slices.ContainsFunc(there, func(s Listening) bool { return s.Local.Port() == p.port && s.local() }) {
+			item.State, item.Detail = StateMissing, "does not listen: new connections are "+downMeans[p.down]
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+var downMeans = map[config.FailureMode]string{
+	config.Hold: "held until it does", config.Open: "let through uncaptured", config.Closed: "refused",
 }

@@ -20,6 +20,12 @@ type Listening struct {
 // Reachable reports whether it could be meant by somebody outside.
 func (l Listening) Reachable() bool { return !l.Local.Addr().Unmap().IsLoopback() }
 
+// local reports whether it takes what comes to the loopback address of IPv4.
+func (l Listening) local() bool {
+	a := l.Local.Addr().Unmap()
+	return a.Is4() && a.IsLoopback() || l.Local.Addr() == netip.IPv4Unspecified()
+}
+
 // ListeningSockets are those of this network namespace, as /proc/net/tcp and tcp6 have them
 // (Documentation/networking/proc_net_tcp.rst). What cannot be read counts as nothing.
 func ListeningSockets() []Listening {

@@ -68,6 +68,7 @@ type Plan struct {
 	Routes          []Route  `json:"routes"`
 	Rules           []Rule   `json:"rules"`
 	Hooks           []Hook   `json:"hooks"`
+	Tables          []Table  `json:"tables,omitempty"`
 }
 
 // Filter is a tc program on one side of an interface.
@@ -126,15 +127,43 @@ type Hook struct {
 	Why     string `json:"why"`
 }
 
+// Table is what is added to one table of a packet filter.
+type Table struct {
+	Family Family       `json:"family"`
+	Tool   string       `json:"tool"` // as it is called: iptables-nft, ip6tables-legacy
+	Name   string       `json:"table"`
+	Chains []string     `json:"chains"` // ours, wholly
+	Rules  []PacketRule `json:"rules"`  // of these chains
+	Jumps  []PacketRule `json:"jumps"`  // in chains of the kernel, before everything that is there
+}
+
+// PacketRule is a rule of a packet filter, in the words of iptables(8).
+type PacketRule struct {
+	Chain   string `json:"chain"`
+	Match   string `json:"match,omitempty"`
+	Target  string `json:"target"`            // with its -j or -g
+	Counter string `json:"counter,omitempty"` // verdict that its packets count as
+	Why     string `json:"why"`
+}
+
 // WriteText prints the plan as the commands that would do the same, each with its reason.
 func (p Plan) WriteText(w io.Writer) error {
 	var b strings.Builder
 	step := func(why, format string, args ...any) {
 		fmt.Fprintf(&b, "  %-74s # %s\n", fmt.Sprintf(format, args...), why)
 	}
-	fmt.Fprintf(&b, "backend %s, %s, slot %s, cgroup %s\n", p.Backend, p.Lifetime, p.Policy.Slot, p.Policy.Cgroup)
+	scope := "cgroup " + p.Policy.Cgroup
+	if p.Policy.Cgroup == "" {
+		scope = "the whole network namespace"
+	}
+	fmt.Fprintf(&b, "backend %s, %s, slot %s, %s\n", p.Backend, p.Lifetime, p.Policy.Slot, scope)
 	fmt.Fprintf(&b, "no proxy: outbound %s, inbound %s\n", p.Policy.OnProxyDown, p.Policy.OnProxyDownInbound)
-	b.WriteString("filters\n")
+	for _, f := range p.Policy.Selection.Flags() {
+		fmt.Fprintf(&b, "%s\n", f)
+	}
+	if len(p.Filters) > 0 {
+		b.WriteString("filters\n")
+	}
 	for _, f := range p.Filters {
 		step(f.Why, "tc filter replace dev %s %s pref %d bpf da %s", f.Link, f.Direction(), p.Policy.Slot.FilterPriority(), f.Program)
 	}
@@ -142,7 +171,9 @@ func (p Plan) WriteText(w io.Writer) error {
 	for _, s := range p.Sysctls {
 		step(s.Why, "sysctl -w %s=%s", s.Name, s.Value)
 	}
-	b.WriteString("routes\n")
+	if len(p.Routes) > 0 {
+		b.WriteString("routes\n")
+	}
 	for _, r := range p.Routes {
 		what := "unreachable default"
 		if r.Link != "" {
@@ -150,7 +181,9 @@ func (p Plan) WriteText(w io.Writer) error {
 		}
 		step(r.Why, "ip -%d route replace %s table %d metric %d", r.Family, what, r.Table, r.Metric)
 	}
-	b.WriteString("rules\n")
+	if len(p.Rules) > 0 {
+		b.WriteString("rules\n")
+	}
 	for _, r := range p.Rules {
 		action := "unreachable"
 		if r.Table != 0 {
@@ -162,10 +195,32 @@ func (p Plan) WriteText(w io.Writer) error {
 		}
 		step(r.Why, "ip -%d rule add pref %d %s %s", r.Family, r.Priority, what, action)
 	}
-	b.WriteString("hooks\n")
+	if len(p.Hooks) > 0 {
+		b.WriteString("hooks\n")
+	}
 	for _, h := range p.Hooks {
 		step(h.Why, "bpftool cgroup attach %s %s %s multi", p.Policy.Cgroup, h.Attach, h.Program)
 	}
+	for _, t := range p.Tables {
+		fmt.Fprintf(&b, "%s -t %s\n", t.Tool, t.Name)
+		for _, r := range t.Rules {
+			step(r.Why, "-A %s", strings.Join(strings.Fields(r.Chain+" "+r.Match+" "+r.Target), " "))
+		}
+		for i, r := range t.Jumps {
+			step(r.Why, "-I %s", strings.Join(strings.Fields(fmt.Sprintf("%s %d %s %s", r.Chain, position(t.Jumps, i), r.Match, r.Target)), " "))
+		}
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// position is the place of a jump in its chain, from 1 on.
+func position(jumps []PacketRule, i int) int {
+	n := 1
+	for _, j := range jumps[:i] {
+		if j.Chain == jumps[i].Chain {
+			n++
+		}
+	}
+	return n
 }

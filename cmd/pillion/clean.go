@@ -23,9 +23,6 @@ clean refuses and changes nothing: they end with their cgroup.`,
 		Example: `  pillion clean --cgroup /sys/fs/cgroup/system.slice/shop.service`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := bootstrap.RequireCapabilities(); err != nil {
-				return err
-			}
 			ctx, stop := interruptible(cmd.Context(), time.Minute)
 			defer stop()
 			if err := bootstrap.Clean(ctx, cgroup); err != nil {

@@ -88,7 +88,7 @@ func explain(cmd *cobra.Command, policy config.Capture, flow config.Flow) ([]exp
 	if policyGiven(cmd.Flags()) {
 		return []explanation{newExplanation("", policy, flow, own)}, nil
 	}
-	reports, err := inspect(policy.Cgroup)
+	reports, err := inspect(cmd.Context(), policy.Cgroup)
 	if err != nil {
 		return nil, err
 	}

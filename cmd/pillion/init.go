@@ -3,56 +3,70 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/pillionproxy/pillion/redirect"
-	"github.com/pillionproxy/pillion/redirect/ebpf"
+	"github.com/pillionproxy/pillion/redirect/iptables"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
 
 func newInitCommand(e *env) *cobra.Command {
-	policy := config.DefaultCapture()
+	o := bootstrap.Options{Backend: bootstrap.Auto, Flavour: iptables.Auto, Policy: config.DefaultCapture()}
 	output := newOutputFlag("text")
-	var dryRun, noVerify, ignoreOpen bool
-	var timeout, confirm time.Duration
+	var dryRun, noVerify bool
+	var timeout time.Duration
+	var system string
 	cmd := &cobra.Command{
 		Use:   "init",
-		Short: "Install the capture for a cgroup, and exit",
+		Short: "Install the capture, and exit",
 		Long: `Install the capture: from now on every TCP connection of the cgroup's processes, and every one to their listeners,
 passes through "pillion proxy" in this network namespace. Then exit; the capture stays, without a pinned object or a
 process, until "pillion clean", or until the cgroup and the namespace are gone.
 
-It needs CAP_BPF and CAP_NET_ADMIN. Without --cgroup, the cgroup of the pod is found from inside one of its containers,
-which may need CAP_DAC_READ_SEARCH or the host's cgroup file system. Before it ends it proves by real connections that
-traffic is taken; a capture that fails the proof is taken back. Run twice, it changes nothing the second time.`,
+The backend ebpf captures a cgroup. It needs CAP_BPF and CAP_NET_ADMIN; without --cgroup, the cgroup of the pod is found
+from inside one of its containers, which may need CAP_DAC_READ_SEARCH or the host's cgroup file system. The backends
+tproxy and redirect are for hosts without BPF or cgroup2: they capture the whole network namespace by packet filters
+(iptables), and need CAP_NET_ADMIN. "pillion check" tells what this host allows.
+
+Before it ends it proves by real connections that traffic is taken; a capture that fails the proof is taken back. Run
+twice, it changes nothing the second time; run with other flags, it replaces the capture without a gap.`,
 		Example: `  pillion init                                            # in a pod's init container
   pillion init --cgroup /sys/fs/cgroup/system.slice/shop.service
-  pillion init --cgroup /sys/fs/cgroup/shop --dry-run      # what it would do, as commands`,
+  pillion init --cgroup /sys/fs/cgroup/shop --dry-run      # what it would do, as commands
+  pillion init --backend redirect --on-proxy-down closed --on-proxy-down-inbound closed
+  pillion init --exclude-outbound-ports 5432,6379 --confirm 60s`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := invalid(policy.Validate()); err != nil {
+			log := newLogger(e.stderr, "auto", 0)
+			if system != "" {
+				wish, err := applyCompat(os.Environ(), system, &o.Policy, givenFlags(e, cmd.Flags()), log)
+				if err != nil {
+					return err
+				}
+				if wish != "" && !givenFlags(e, cmd.Flags())("backend") {
+					log.Info("the other system's mode would be this backend; --backend takes it", "backend", wish)
+				}
+			}
+			if err := invalid(o.Policy.Validate()); err != nil {
 				return err
 			}
-			if confirm < 0 {
-				return invalid(fmt.Errorf("--confirm %s: must not be negative", confirm))
-			}
-			if dryRun {
-				return printPlan(e.stdout, policy, output)
-			}
-			if err := bootstrap.RequireCapabilities(); err != nil {
-				return err
+			if o.Confirm < 0 {
+				return invalid(fmt.Errorf("--confirm %s: must not be negative", o.Confirm))
 			}
 			ctx, stop := interruptible(cmd.Context(), timeout)
 			defer stop()
-			r, err := bootstrap.Init(ctx, bootstrap.Options{
-				Options: ebpf.Options{Without: without(e), IgnoreOpenListeners: ignoreOpen},
-				Policy:  policy, Verify: !noVerify, Confirm: confirm, Log: newLogger(e.stderr, "auto", 0),
-			})
+			if dryRun {
+				return printPlan(ctx, e.stdout, o, output)
+			}
+			o.Without, o.Verify, o.Log = without(e), !noVerify, log
+			r, err := bootstrap.Init(ctx, o)
 			if err != nil {
 				return err
 			}
@@ -63,11 +77,14 @@ traffic is taken; a capture that fails the proof is taken back. Run twice, it ch
 		},
 	}
 	f := cmd.Flags()
-	captureFlags(f, &policy)
+	captureFlags(f, &o.Policy)
+	f.Var(&o.Backend, "backend", "how to capture; auto takes the first that this host allows, and says why not the others")
+	f.Var(&o.Flavour, "iptables", "which packet filter the backends tproxy and redirect use")
+	f.StringVar(&system, "compat", "", "read the settings of another mesh from the environment: istio, linkerd, kuma or consul")
 	f.BoolVar(&dryRun, "dry-run", false, "print what would be done, and do nothing")
 	f.BoolVar(&noVerify, "no-verify", false, "do not prove the capture by connections")
-	f.BoolVar(&ignoreOpen, "ignore-open-listeners", false, "leave listeners uncaptured that are open already and cannot be taken over")
-	f.DurationVar(&confirm, "confirm", 0, "take the capture back after this time, unless \"pillion confirm\" is called before")
+	f.BoolVar(&o.IgnoreOpenListeners, "ignore-open-listeners", false, "leave listeners uncaptured that are open already and cannot be taken over")
+	f.DurationVar(&o.Confirm, "confirm", 0, "take the capture back after this time, unless \"pillion confirm\" is called before")
 	f.DurationVar(&timeout, "timeout", time.Minute, "how long all of it may take")
 	f.VarP(output, "output", "o", "what to print")
 	return cmd
@@ -88,16 +105,26 @@ func policyFlags(f *pflag.FlagSet, p *config.Capture) {
 	f.Var(&p.OnProxyDownInbound, "on-proxy-down-inbound", "the same for inbound connections")
 }
 
-func printPlan(w io.Writer, policy config.Capture, output *outputFlag) error {
-	plan, foundBy, err := bootstrap.MakePlan(policy)
+func printPlan(ctx context.Context, w io.Writer, o bootstrap.Options, output *outputFlag) error {
+	r, err := bootstrap.MakePlan(ctx, o)
 	if err != nil {
 		return err
 	}
 	if output.json() {
-		return writeJSON(w, plan)
+		return writeJSON(w, r.Plan)
 	}
-	fmt.Fprintf(w, "# cgroup found by: %s\n", foundBy)
-	return plan.WriteText(w)
+	printRefused(w, r.Refused)
+	if r.FoundBy != "" {
+		fmt.Fprintf(w, "# cgroup found by: %s\n", r.FoundBy)
+	}
+	return r.Plan.WriteText(w)
+}
+
+// printRefused says why a backend was not taken.
+func printRefused(w io.Writer, refused []bootstrap.Refusal) {
+	for _, r := range refused {
+		fmt.Fprintf(w, "# not by %s: %s\n", r.Backend, r.Reason)
+	}
 }
 
 func printInit(w io.Writer, r bootstrap.Result) error {
@@ -109,7 +136,12 @@ func printInit(w io.Writer, r bootstrap.Result) error {
 		what = "captured anew"
 	}
 	p := r.Plan.Policy
-	fmt.Fprintf(w, "%s %s (found by %s) in %s\n", what, r.Cgroup, r.FoundBy, r.Took.Round(time.Millisecond))
+	printRefused(w, r.Refused)
+	if r.Cgroup != "" {
+		fmt.Fprintf(w, "%s %s (found by %s) in %s\n", what, r.Cgroup, r.FoundBy, r.Took.Round(time.Millisecond))
+	} else {
+		fmt.Fprintf(w, "%s this network namespace in %s\n", what, r.Took.Round(time.Millisecond))
+	}
 	fmt.Fprintf(w, "backend %s, slot %s; while no proxy listens: outbound %s, inbound %s\n", r.Plan.Backend, p.Slot, p.OnProxyDown, p.OnProxyDownInbound)
 	if err := printChecks(w, r.Checks); err != nil {
 		return err

@@ -3,12 +3,14 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"maps"
 	"slices"
 
 	"github.com/pillionproxy/pillion/config"
+	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
 	"github.com/pillionproxy/pillion/redirect/ebpf"
@@ -24,8 +26,8 @@ func newStatusCommand(e *env) *cobra.Command {
 		Long: `Show every capture of this network namespace, part by part, with the count of each verdict where it may be read
 (CAP_SYS_ADMIN). It changes nothing. The exit status is 0 if there is a capture and all of its parts are in place.`,
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			reports, err := inspect(path)
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			reports, err := inspect(cmd.Context(), path)
 			if err != nil {
 				return err
 			}
@@ -47,8 +49,8 @@ func newStatusCommand(e *env) *cobra.Command {
 }
 
 // inspect reports the captures of the namespace, or of one cgroup in it. None at all is an error.
-func inspect(path string) ([]redirect.Report, error) {
-	reports, err := ebpf.Inspect()
+func inspect(ctx context.Context, path string) ([]redirect.Report, error) {
+	reports, err := bootstrap.Inspect(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +86,11 @@ func printReports(w io.Writer, reports []redirect.Report) error {
 			fmt.Fprintln(w)
 		}
 		where := r.Cgroup
-		if where == "" {
+		switch {
+		case where != "":
+		case r.CgroupID == 0 && r.Policy != nil:
+			where = "the whole network namespace"
+		default:
 			where = fmt.Sprintf("cgroup id %d", r.CgroupID)
 		}
 		state := "effective"

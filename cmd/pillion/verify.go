@@ -31,18 +31,15 @@ It needs the capabilities of init, and CAP_SETUID and CAP_SETGID to try other us
   pillion verify --cgroup /sys/fs/cgroup/system.slice/shop.service -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := bootstrap.RequireCapabilities(); err != nil {
-				return err
-			}
-			reports, err := inspect(policy.Cgroup)
+			reports, err := inspect(cmd.Context(), policy.Cgroup)
 			if err != nil {
 				return err
 			}
 			ctx, stop := interruptible(cmd.Context(), time.Minute)
 			defer stop()
 			var checks []redirect.Check
-			for _, p := range policies(reports, policy, policyGiven(cmd.Flags())) {
-				more, verr := bootstrap.Verify(ctx, p)
+			for _, t := range subjects(reports, policy, policyGiven(cmd.Flags())) {
+				more, verr := bootstrap.Verify(ctx, t.backend, t.policy)
 				checks, err = append(checks, more...), errors.Join(err, verr)
 			}
 			if output.json() {
@@ -69,24 +66,29 @@ It needs the capabilities of init, and CAP_SETUID and CAP_SETGID to try other us
 	return cmd
 }
 
-// policies are what the captures should do: as each has it with it, or as the flags say.
-func policies(reports []redirect.Report, flags config.Capture, given bool) []config.Capture {
-	var list []config.Capture
+// subject is a capture that is to be proven.
+type subject struct {
+	backend bootstrap.Backend
+	policy  config.Capture // what it should do: as it has it with it, or as the flags say
+}
+
+func subjects(reports []redirect.Report, flags config.Capture, given bool) []subject {
+	var list []subject
 	for _, r := range reports {
-		switch {
-		case given || r.Cgroup == "":
-		case r.Policy != nil:
-			p := *r.Policy
-			p.Cgroup = r.Cgroup
-			list = append(list, p)
-		default:
-			p := flags
-			p.Cgroup = r.Cgroup
-			list = append(list, p)
+		s := subject{bootstrap.Backend(r.Backend), flags}
+		if r.Policy != nil && !given {
+			s.policy = *r.Policy
 		}
+		if s.backend == bootstrap.EBPF && !given {
+			if r.Cgroup == "" {
+				continue // of a running command: its cgroup must be named
+			}
+			s.policy.Cgroup = r.Cgroup
+		}
+		list = append(list, s)
 	}
 	if len(list) == 0 {
-		list = append(list, flags)
+		list = append(list, subject{bootstrap.EBPF, flags})
 	}
 	return list
 }

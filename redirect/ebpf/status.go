@@ -4,14 +4,12 @@ package ebpf
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 
 	"github.com/pillionproxy/pillion/bpf"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/cgroup"
-	"github.com/pillionproxy/pillion/redirect/probe"
 )
 
 // Inspect reports every capture of this network namespace, by slot. It changes nothing and needs no capability, but for
@@ -64,7 +62,7 @@ func inspect(slot config.Slot, mine []attached, held bool, host redirect.Host) (
 		r.CgroupID, r.Cgroup = n.CgroupID, cgroup.PathOf(n.CgroupID)
 		r.Items = append(r.Items, inspectHooks(r, n)...)
 		r.Items = append(r.Items, inspectFilters(plan.Filters, mine)...)
-		r.Items = append(r.Items, inspectProxy(n)...)
+		r.Items = append(r.Items, redirect.InspectProxy(n.Ports, n.Down[0], n.Down[1])...)
 		if len(n.Hooks) == len(hooks) {
 			if policy, err := policyOf(n.Hooks[len(hooks)-1]); err == nil {
 				r.Policy = &policy
@@ -124,26 +122,4 @@ func inspectFilters(want []redirect.Filter, mine []attached) []redirect.Item {
 		items = append(items, item)
 	}
 	return items
-}
-
-func inspectProxy(n note) []redirect.Item {
-	there := redirect.ListeningSockets()
-	down := []string{"new connections are " + downMeans[n.Down[0]], "new connections are " + downMeans[n.Down[1]]}
-	var items []redirect.Item
-	for i, p := range []struct {
-		name string
-		port uint16
-	}{{"outbound", n.Ports.Outbound}, {"inbound", n.Ports.Inbound}} {
-		item := redirect.Item{Kind: "proxy", Name: fmt.Sprintf("%s :%d", p.name, p.port), State: redirect.StateOK, Detail: "listens"}
-		want := netip.AddrPortFrom(probe.LoopbackOf(redirect.IPv4), p.port)
-		if !slices.ContainsFunc(there, func(l redirect.Listening) bool { return l.Local == want }) {
-			item.State, item.Detail = redirect.StateMissing, "does not listen: "+down[i]
-		}
-		items = append(items, item)
-	}
-	return items
-}
-
-var downMeans = map[config.FailureMode]string{
-	config.Hold: "held until it does", config.Open: "let through uncaptured", config.Closed: "refused",
 }

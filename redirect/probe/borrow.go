@@ -19,9 +19,21 @@ type Borrowed struct {
 	l *net.TCPListener // nil: a proxy has the port
 }
 
-// Borrow takes the proxy's port of a family, if no proxy has it.
+// Borrow takes the proxy's port of a family on the loopback address, if no proxy has it.
 func Borrow(f redirect.Family, port uint16) (*Borrowed, error) {
-	address := netip.AddrPortFrom(LoopbackOf(f), port)
+	return borrow(netip.AddrPortFrom(LoopbackOf(f), port))
+}
+
+// BorrowAny is Borrow on all addresses.
+func BorrowAny(f redirect.Family, port uint16) (*Borrowed, error) {
+	any := netip.IPv4Unspecified()
+	if f == redirect.IPv6 {
+		any = netip.IPv6Unspecified()
+	}
+	return borrow(netip.AddrPortFrom(any, port))
+}
+
+func borrow(address netip.AddrPort) (*Borrowed, error) {
 	l, err := listen(context.Background(), address, func(fd int) error {
 		return errors.Join(transparent(fd, address.Addr()), dropAllSYNs(fd))
 	})
@@ -29,7 +41,7 @@ func Borrow(f redirect.Family, port uint16) (*Borrowed, error) {
 		return &Borrowed{}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("borrow the proxy's port %d: %w", port, err)
+		return nil, fmt.Errorf("borrow the proxy's port %d: %w", address.Port(), err)
 	}
 	return &Borrowed{l}, nil
 }

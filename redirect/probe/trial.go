@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"time"
 
@@ -27,7 +28,15 @@ type Trial struct {
 	UID, GID uint32             // that make the dialling socket, if not 0
 	Borrowed *Borrowed          // the proxy's listener; nil: nobody is expected there
 	Before   func(uint16) error // called with the port that is dialled from, before the SYN
+	// Namespace is the network namespace to connect from; nil: this one.
+	Namespace *os.File
+	// ByHandshake takes a handshake for a capture, if the decoy has not seen it soon after: of a proxy that runs, whose
+	// own dial need not arrive.
+	ByHandshake bool
 }
+
+// soon is how long the decoy has to see a connection whose handshake it made: it had it when the handshake was done.
+const soon = time.Second
 
 // probeTimeout bounds one connection. All of them stay on this host, so only a silent drop ever meets it.
 const probeTimeout = 5 * time.Second
@@ -106,10 +115,16 @@ func (t Trial) Try(ctx context.Context) (captured bool, err error) {
 		return false, fmt.Errorf("connect %s to %s: %w", from, t.Target, err)
 	}
 	token := []byte(rand.Text())
-	if _, err := unix.Write(sock, token); err != nil {
+	if _, err := unix.Write(sock, token); err != nil && !t.ByHandshake {
 		return false, fmt.Errorf("send through the capture: %w", err)
 	}
+	var late <-chan time.Time
+	if t.ByHandshake && t.Borrowed != nil && !t.Borrowed.Free() {
+		late = time.After(soon)
+	}
 	select {
+	case <-late:
+		return true, nil
 	case a := <-arrivals.C:
 		defer a.conn.Close()
 		return a.listener != decoy || a.from() != from, a.expect(ctx, token)
@@ -120,7 +135,7 @@ func (t Trial) Try(ctx context.Context) (captured bool, err error) {
 
 // dialSocket makes a bound, non-blocking socket for the trial.
 func dialSocket(t Trial) (fd int, from netip.AddrPort, err error) {
-	if fd, err = socketAs(t.UID, t.GID, t.From.Is6() || t.Mapped); err != nil {
+	if fd, err = t.socket(); err != nil {
 		return -1, from, err
 	}
 	defer func() {
@@ -165,27 +180,51 @@ func (t Trial) bind(fd int) error {
 	}
 }
 
-// socketAs makes a TCP socket whose maker is the user uid and the group gid, if they are not 0. The ids are the thread's
-// own while it lasts; the effective ones, and with them every capability, stay.
+// socket makes the socket in the network namespace of the trial: there it stays.
+func (t Trial) socket() (fd int, err error) {
+	v6 := t.From.Is6() || t.Mapped
+	if t.Namespace == nil {
+		return socketAs(t.UID, t.GID, v6)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends
+		if err = unix.Setns(int(t.Namespace.Fd()), unix.CLONE_NEWNET); err == nil {
+			fd, err = socketAs(t.UID, t.GID, v6)
+		}
+	}()
+	<-done
+	return fd, err
+}
+
+// socketAs makes a TCP socket whose maker is the user uid and the group gid, if they are not 0: by the real ids, which BPF
+// sees, and by those of the file system, which packet filters see. They are the thread's own while it lasts; the effective
+// ones, and with them every capability, stay.
 func socketAs(uid, gid uint32, v6 bool) (int, error) {
 	family := unix.AF_INET
 	if v6 {
 		family = unix.AF_INET6
 	}
 	for _, id := range []struct {
-		call uintptr
-		id   uint32
-		was  int
-	}{{unix.SYS_SETRESGID, gid, unix.Getgid()}, {unix.SYS_SETRESUID, uid, unix.Getuid()}} {
+		real, file uintptr // system calls
+		id         uint32
+		was, wasFS int
+	}{
+		{unix.SYS_SETRESGID, unix.SYS_SETFSGID, gid, unix.Getgid(), unix.Getegid()},
+		{unix.SYS_SETRESUID, unix.SYS_SETFSUID, uid, unix.Getuid(), unix.Geteuid()},
+	} {
 		if id.id == 0 {
 			continue
 		}
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		if err := setThreadID(id.call, int(id.id)); err != nil {
+		if err := setThreadID(id.real, int(id.id)); err != nil {
 			return -1, errNoSetuid
 		}
-		defer setThreadID(id.call, id.was)
+		defer setThreadID(id.real, id.was)
+		setThreadFileID(id.file, int(id.id))
+		defer setThreadFileID(id.file, id.wasFS)
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -202,6 +241,9 @@ func setThreadID(call uintptr, id int) error {
 	}
 	return nil
 }
+
+// setThreadFileID sets the id that counts for files, among which sockets are; it reports no error (setfsuid(2)).
+func setThreadFileID(call uintptr, id int) { _, _, _ = unix.RawSyscall(call, uintptr(id), 0, 0) }
 
 // connect waits until the handshake is done.
 func connect(ctx context.Context, fd int, to netip.AddrPort) error {

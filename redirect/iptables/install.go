@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/redirect"
+)
+
+// Installation is an installed capture that may still be taken back: it ends with Commit or Rollback.
+type Installation struct {
+	Changed  []string // what was not there before; empty: the very capture was there, whole
+	Replaced bool     // an earlier capture was replaced
+
+	journal redirect.Journal
+	after   func() error // what Commit still has to remove
+}
+
+// Install installs a plan. Installing what is there already changes nothing; another policy, backend or flavour of ours is
+// replaced without a moment uncaptured; a failure leaves the host as it was. The caller holds the redirect.Lock.
+func Install(ctx context.Context, plan redirect.Plan, tools Tools) (*Installation, error) {
+	found, err := readState(ctx)
+	if err != nil {
+		return nil, err
+	}
+	before, had := noteOf(found)
+	n := note{Backend: plan.Backend, Slot: plan.Policy.Slot, Tracked: tools.Tracked, Sysctls: foundSysctls(plan)}
+	if n.Plan, err = planHash(plan); err != nil {
+		return nil, err
+	}
+	for i, value := range before.Sysctls { // as they were before any capture
+		if value != "" && i < len(n.Sysctls) && n.Sysctls[i] != "" {
+			n.Sysctls[i] = value
+		}
+	}
+	want, err := states(plan, tools, n)
+	if err != nil {
+		return nil, err
+	}
+	if n.Made, err = willMake(want); err != nil {
+		return nil, err
+	}
+	if n.Made = append(n.Made, before.Made...); len(n.Made) > 0 {
+		if want, err = states(plan, tools, n); err != nil { // the note is in them
+			return nil, err
+		}
+	}
+
+	in := &Installation{Replaced: had && before.Plan != n.Plan}
+	err = in.install(ctx, plan, found, want, n)
+	if err == nil && had && before.Backend == TProxy && (n.Backend != TProxy || before.Slot != n.Slot) {
+		in.after = func() error { return leaveTProxy(before) }
+	}
+	in.Changed = in.journal.Changed
+	if err != nil {
+		return nil, errors.Join(err, in.Rollback())
+	}
+	return in, nil
+}
+
+// states are the tables of a plan as they are to be.
+func states(plan redirect.Plan, tools Tools, n note) ([]state, error) {
+	var want []state
+	policy, err := policyRules(plan.Policy)
+	if err != nil {
+		return nil, err
+	}
+	for i, t := range plan.Tables {
+		var more []redirect.PacketRule
+		if i == 0 {
+			more = policy
+		}
+		if slices.Contains(t.Chains, chainOld) {
+			old, err := exceptions(plan.Policy, t.Family)
+			if err != nil {
+				return nil, err
+			}
+			more = append(more, old...)
+		}
+		want = append(want, wanted(t, tools.Of[t.Family], n, more))
+	}
+	return want, nil
+}
+
+func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, want []state, n note) error {
+	restoreSysctls := func() error { return redirect.RestoreSysctls(sysctls, n.Sysctls) }
+	if err := in.journal.Sysctls(plan.Sysctls, restoreSysctls); err != nil {
+		return sysctlFault(err)
+	}
+	if err := in.journal.Routes(plan.Routes); err != nil {
+		return err
+	}
+	if err := in.journal.Rules(plan.Rules); err != nil {
+		return err
+	}
+	in.journal.OnRollback(func() error {
+		if _, had := noteOf(found); had {
+			return nil
+		}
+		return unmake(n.Made)
+	})
+	for _, tool := range toolsOf(found, want) {
+		if whole(found, want, tool) {
+			continue
+		}
+		if err := apply(ctx, tool, found, want); err != nil {
+			return err
+		}
+		in.journal.Did(fmt.Sprintf("rules of %s (IPv%d, %s)", tool.Name, tool.Family, tool.Flavour), func() error {
+			now, err := readState(context.WithoutCancel(ctx))
+			if err != nil {
+				return err
+			}
+			return apply(context.WithoutCancel(ctx), tool, now, found)
+		})
+	}
+	return nil
+}
+
+// toolsOf are the tools by which something is or will be there, those of the wanted states first: what is replaced by
+// another flavour goes when the new one captures.
+func toolsOf(found, want []state) (tools []Tool) {
+	for _, s := range slices.Concat(want, found) {
+		if !slices.ContainsFunc(tools, func(t Tool) bool { return t.Family == s.Tool.Family && t.Flavour == s.Tool.Flavour }) {
+			tools = append(tools, s.Tool)
+		}
+	}
+	return tools
+}
+
+// whole reports whether everything of a tool is there as it is wanted.
+func whole(found, want []state, tool Tool) bool {
+	for _, table := range tables {
+		is, has := at(found, tool, table)
+		will, wants := at(want, tool, table)
+		if has != wants || has && !is.sameAs(will) {
+			return false
+		}
+	}
+	return true
+}
+
+// sysctlFault says what is lost without writable kernel parameters.
+func sysctlFault(err error) error {
+	return &config.Fault{
+		Err:  fmt.Errorf("the backend tproxy must set kernel parameters of the network namespace: %w", err),
+		Hint: "in a pod: securityContext.privileged for this init container, or the same parameters under spec.securityContext.sysctls (unsafe sysctls must be allowed by the kubelet); the backend redirect needs none of them",
+		Exit: config.ExitUnavailable,
+	}
+}
+
+// Commit makes the installation final.
+func (in *Installation) Commit() error {
+	if in.after == nil {
+		return nil
+	}
+	return in.after()
+}
+
+// Rollback leaves the host as it was before Install.
+func (in *Installation) Rollback() error { return in.journal.Rollback() }
