@@ -105,7 +105,7 @@ func RunGuard(ctx context.Context, in io.Reader, listener *os.File) error {
 	c, err := l.AcceptUnix()
 	if err == nil {
 		defer c.Close()
-		_, err = c.Write([]byte{1}) // whoever confirms may have gone: it is confirmed
+		_, _ = c.Write([]byte{1}) // whoever confirms may have gone: it is confirmed
 		return nil
 	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
