@@ -66,6 +66,9 @@ func (ebpfCapturer) install(ctx context.Context, o Options) (Result, error) {
 }
 
 func (ebpfCapturer) verify(ctx context.Context, policy config.Capture) ([]redirect.Check, error) {
+	if err := RequireCapabilities(); err != nil {
+		return nil, err
+	}
 	t, err := findTarget(policy.Cgroup)
 	if err != nil {
 		return nil, err
@@ -75,6 +78,9 @@ func (ebpfCapturer) verify(ctx context.Context, policy config.Capture) ([]redire
 }
 
 func (ebpfCapturer) remove(_ context.Context, path string) error {
+	if err := RequireCapabilities(); err != nil {
+		return err
+	}
 	t, err := findTarget(path)
 	if err != nil {
 		return err

@@ -34,8 +34,9 @@ func redirectNAT(policy config.Capture, tool Tool) redirect.Table {
 	b.selectInbound(policy.Selection)
 	b.counted("-p tcp -m socket --nowildcard", fmt.Sprintf("-j REDIRECT --to-ports %d", policy.Listeners.Inbound), "in_captured", "for a listener of the app: to the proxy")
 
-	b.jump("OUTPUT", "-p tcp", chainOut, "the app's connections")
-	b.jump("PREROUTING", "! -i lo -p tcp", chainIn, "connections to the app's listeners")
+	// SYNs alone: a connection that is older than its tracking is new to it in the middle (nf_conntrack_tcp_loose).
+	b.jump("OUTPUT", "-p tcp "+synOnly, chainOut, "the app's connections")
+	b.jump("PREROUTING", "! -i lo -p tcp "+synOnly, chainIn, "connections to the app's listeners")
 	return b.table
 }
 

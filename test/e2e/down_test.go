@@ -120,6 +120,26 @@ func (p *pod) attempt(w path) *attempt {
 	return a
 }
 
+// isDone reports whether the connect has ended.
+func (a *attempt) isDone() bool {
+	select {
+	case <-a.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// waits reports whether its SYN was sent again.
+func (a *attempt) waits(w path) bool {
+	for _, s := range w.clientNS.Sockets() {
+		if s.State == testnet.SynSent && s.Retransmits > 0 && unmap(s.Remote) == a.to {
+			return true
+		}
+	}
+	return false
+}
+
 // wait waits for the end of the connect. A connect that is held by no proxy does not end before the kernel gives it up,
 // after more than two minutes; the deadline lies before that.
 func (a *attempt) wait(t *testing.T) {

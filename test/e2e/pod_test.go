@@ -31,6 +31,7 @@ type pod struct {
 	cg, appCG, initCG, proxyCG *testnet.Cgroup
 	app                        *testnet.Agent // in appCG
 	proxy                      *sidecar       // the last one started
+	by                         backend        // of init; zero: ebpf, by the cgroup
 }
 
 // newPod makes a pod in which nothing is installed.
@@ -87,6 +88,9 @@ func (p *pod) pillion(args ...string) *testnet.Cmd {
 
 // initCmd prepares `pillion init` as an init container would run it.
 func (p *pod) initCmd(args ...string) *testnet.Cmd {
+	if len(p.by.args) > 0 {
+		return p.pillion(append(append([]string{"init"}, p.by.args...), args...)...)
+	}
 	cmd := p.ns.Command(p.initCG, pillionPath, append([]string{"init", "--cgroup", p.cg.Path}, args...)...)
 	cmd.User = initUser()
 	return cmd
@@ -101,6 +105,9 @@ func (p *pod) init(args ...string) {
 // clean takes the capture away, as root with everything.
 func (p *pod) clean() result {
 	p.t.Helper()
+	if len(p.by.args) > 0 {
+		return run(p.t, p.pillion("clean"))
+	}
 	return run(p.t, p.pillion("clean", "--cgroup", p.cg.Path))
 }
 

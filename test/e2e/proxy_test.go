@@ -240,29 +240,35 @@ func TestOpenFreesThoseWaiting(t *testing.T) {
 			w := p.paths()[i]
 			p.captured(t, w)
 			p.proxy.Signal(syscall.SIGSTOP)
+			// One after the other, until the queue is full: together they would all be let in, and get no answer later.
 			var attempts []*attempt
-			for range 8 {
-				attempts = append(attempts, p.attempt(w))
-			}
 			waiting := map[*attempt]bool{}
-			testnet.Wait(t, "some connections are in the queue, the others wait", func() bool {
-				clear(waiting)
-				done := 0
-				sockets := w.clientNS.Sockets()
-				for _, a := range attempts {
-					select {
-					case <-a.done:
-						done++
-						continue
-					default:
+			for len(waiting) == 0 {
+				a := p.attempt(w)
+				attempts = append(attempts, a)
+				testnet.Wait(t, "it is in the queue, or waits", func() bool {
+					waits := a.waits(w)
+					if waits {
+						waiting[a] = true
 					}
-					for _, s := range sockets {
-						if s.State == testnet.SynSent && s.Retransmits > 0 && unmap(s.Remote) == a.to {
-							waiting[a] = true
-						}
+					return waits || a.isDone()
+				})
+			}
+			if len(attempts) == 1 {
+				t.Fatal("nothing is in the queue: this test shows nothing")
+			}
+			for range 4 {
+				a := p.attempt(w)
+				attempts = append(attempts, a)
+				waiting[a] = true
+			}
+			testnet.Wait(t, "the others wait", func() bool {
+				for a := range waiting {
+					if !a.waits(w) {
+						return false
 					}
 				}
-				return done > 0 && len(waiting) > 0 && done+len(waiting) == len(attempts)
+				return true
 			})
 			p.proxy.Kill()
 			for _, a := range attempts {
