@@ -64,10 +64,18 @@ func first(o Options, try func(capturer) (Result, error)) (Result, error) {
 	if o.Backend != Auto && o.Backend != "" {
 		return try(capturerOf(o.Backend))
 	}
-	candidates := []Backend{EBPF, TProxy, Redirect}
-	if why := scopeProblem(o.Policy); why != "" {
-		candidates = candidates[:1]
+	if o.Policy.Cgroup != "" {
+		return try(ebpfCapturer{}) // the others know no cgroups
 	}
+	if isHostNamespace() {
+		r, err := try(ebpfCapturer{})
+		if err == nil {
+			return r, nil
+		}
+		return r, &config.Fault{Err: err, Hint: strings.TrimPrefix(config.HintOf(err)+
+			"; or capture all of this host by packet filters, which is not done unasked: --backend tproxy, or redirect", "; ")}
+	}
+	candidates := []Backend{EBPF, TProxy, Redirect}
 	var refused []Refusal
 	var errs []error
 	for _, b := range candidates {
@@ -81,9 +89,6 @@ func first(o Options, try func(capturer) (Result, error)) (Result, error) {
 		}
 		refused = append(refused, Refusal{b, err.Error(), config.HintOf(err)})
 		errs = append(errs, fmt.Errorf("%s: %w", b, err))
-	}
-	if len(errs) == 1 { // nothing else was thought of: its own hint and exit status
-		return Result{}, errors.Unwrap(errs[0])
 	}
 	lines := make([]string, len(refused))
 	for i, r := range refused {
@@ -117,25 +122,14 @@ func taken(reports []redirect.Report) error {
 	}
 }
 
-// scopeProblem says why a backend that captures a whole network namespace must not be taken unasked.
-func scopeProblem(policy config.Capture) string {
-	switch {
-	case policy.Cgroup != "":
-		return "one cgroup is to be captured"
-	case isHostNamespace():
-		return "this is the host's own network namespace"
-	}
-	return ""
-}
-
-// isHostNamespace reports whether this may be the network namespace of the host itself: we see the host's processes and
-// share the network namespace of its first, or a network device of the hardware is here.
+// isHostNamespace reports whether this may be the network namespace of the host itself: the first process that we see
+// shares it, and is the host's; or a network device of the hardware is here.
 func isHostNamespace() bool {
 	const initialPIDNamespace = "pid:[4026531836]" // PROC_PID_INIT_INO in include/linux/proc_ns.h
-	if ns, err := os.Readlink("/proc/self/ns/pid"); err == nil && ns == initialPIDNamespace {
-		ours, err1 := os.Readlink("/proc/self/ns/net")
-		first, err2 := os.Readlink("/proc/1/ns/net")
-		return err1 != nil || err2 != nil || ours == first
+	first, err := os.Readlink("/proc/1/ns/net")
+	if ns, perr := os.Readlink("/proc/self/ns/pid"); err == nil && perr == nil && ns == initialPIDNamespace {
+		ours, err := os.Readlink("/proc/self/ns/net")
+		return err != nil || ours == first
 	}
 	links, err := os.ReadDir("/sys/class/net")
 	if err != nil {

@@ -100,8 +100,8 @@ func Init(ctx context.Context, o Options) (Result, error) {
 	})
 }
 
-// Clean takes away what init installed in this network namespace: the capture by packet filters, if there is one and path
-// is empty, and that of the cgroup.
+// Clean takes away what init installed in this network namespace: the capture of the cgroup, or, where path is empty, the
+// one that there is.
 func Clean(ctx context.Context, path string) error {
 	release, err := redirect.Lock(ctx)
 	if err != nil {
@@ -112,8 +112,29 @@ func Clean(ctx context.Context, path string) error {
 		if err := iptables.Remove(ctx); !errors.Is(err, iptables.ErrNotInstalled) {
 			return err
 		}
+		if path, err = onlyCgroup(); err != nil {
+			return err
+		}
 	}
 	return ebpfCapturer{}.remove(ctx, path)
+}
+
+// onlyCgroup is the cgroup that is captured here, if it is one alone; "" if the pod's has to be looked for.
+func onlyCgroup() (string, error) {
+	reports, err := ebpf.Inspect()
+	if err != nil {
+		return "", err
+	}
+	switch len(reports) {
+	case 0:
+		return "", &config.Fault{
+			Err:  ebpf.ErrNotInstalled,
+			Hint: "another network namespace may have it: enter that first (nsenter --net)",
+		}
+	case 1:
+		return reports[0].Cgroup, nil
+	}
+	return "", nil
 }
 
 // Verify proves a capture by real connections.

@@ -32,6 +32,7 @@ type pod struct {
 	app                        *testnet.Agent // in appCG
 	proxy                      *sidecar       // the last one started
 	by                         backend        // of init; zero: ebpf, by the cgroup
+	asRoot                     bool           // init has every capability
 }
 
 // newPod makes a pod in which nothing is installed.
@@ -92,7 +93,9 @@ func (p *pod) initCmd(args ...string) *testnet.Cmd {
 		return p.pillion(append(append([]string{"init"}, p.by.args...), args...)...)
 	}
 	cmd := p.ns.Command(p.initCG, pillionPath, append([]string{"init", "--cgroup", p.cg.Path}, args...)...)
-	cmd.User = initUser()
+	if !p.asRoot {
+		cmd.User = initUser()
+	}
 	return cmd
 }
 

@@ -4,10 +4,13 @@ package testnet
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func parseIP(t testing.TB, s string) net.IP {
@@ -27,7 +30,12 @@ func (ns *Namespace) Listen(network, addr string) *net.TCPListener {
 	lc.SetMultipathTCP(false)
 	var ln net.Listener
 	var err error
-	ns.Do(func() { ln, err = lc.Listen(context.Background(), network, addr) })
+	// A listener that was closed lives on for a moment in a process that another test has forked and that has not executed
+	// its program yet.
+	wait(func() bool {
+		ns.Do(func() { ln, err = lc.Listen(context.Background(), network, addr) })
+		return !errors.Is(err, unix.EADDRINUSE)
+	})
 	if err != nil {
 		ns.t.Fatalf("testnet: listen on %s in %s: %v", addr, ns.Name, err)
 	}
