@@ -47,7 +47,7 @@ func Inspect(ctx context.Context) ([]redirect.Report, error) {
 		return []redirect.Report{r}, nil
 	}
 	for _, t := range plan.Tables {
-		r.Items = append(r.Items, inspectTable(t, tools.Of[t.Family], found, n)...)
+		r.Items = append(r.Items, inspectTable(t, tools.Of[t.Family], found)...)
 	}
 	routing, err := plan.InspectRouting()
 	if err != nil {
@@ -60,9 +60,9 @@ func Inspect(ctx context.Context) ([]redirect.Report, error) {
 }
 
 // inspectTable compares a table with the plan. Rules that depend on what was under way at the installation do not count.
-func inspectTable(t redirect.Table, tool Tool, found []state, n note) []redirect.Item {
+func inspectTable(t redirect.Table, tool Tool, found []state) []redirect.Item {
 	is, _ := at(found, tool, t.Name)
-	want := wanted(t, tool, n, nil)
+	want := wanted(t, tool, nil)
 	is.Rules = without(is.Rules, chainOld, chainPolicy)
 	name := fmt.Sprintf("IPv%d %s", t.Family, t.Name)
 	rules := redirect.Item{Kind: "rules", Name: name, State: redirect.StateOK, Detail: fmt.Sprintf("%d rules in %d chains, by %s", len(want.Rules), len(want.Chains), tool.Name)}

@@ -24,6 +24,10 @@ type Installation struct {
 // Install installs a plan. Installing what is there already changes nothing; another policy, backend or flavour of ours is
 // replaced without a moment uncaptured; a failure leaves the host as it was. The caller holds the redirect.Lock.
 func Install(ctx context.Context, plan redirect.Plan, tools Tools) (*Installation, error) {
+	there, err := objects() // before the state: what somebody makes in between is no reason to keep it
+	if err != nil {
+		return nil, err
+	}
 	found, err := readState(ctx)
 	if err != nil {
 		return nil, err
@@ -33,19 +37,26 @@ func Install(ctx context.Context, plan redirect.Plan, tools Tools) (*Installatio
 	if n.Plan, err = planHash(plan); err != nil {
 		return nil, err
 	}
-	for i, value := range before.Sysctls { // as they were before any capture
-		if value != "" && i < len(n.Sysctls) && n.Sysctls[i] != "" {
-			n.Sysctls[i] = value
+	if had && before.Slot != n.Slot {
+		return nil, &config.Fault{
+			Err:  fmt.Errorf("this network namespace is captured already, in slot %d", before.Slot),
+			Hint: "take it away first (`pillion clean`), or give --slot " + before.Slot.String(),
 		}
+	}
+	if had {
+		n.Sysctls = merged(before.Sysctls, n.Sysctls)
 	}
 	want, err := states(plan, tools, n)
 	if err != nil {
 		return nil, err
 	}
-	if n.Made, err = willMake(want); err != nil {
-		return nil, err
+	n.Made = before.Made
+	for _, name := range willMake(want, there) {
+		if !slices.Contains(n.Made, name) {
+			n.Made = append(n.Made, name)
+		}
 	}
-	if n.Made = append(n.Made, before.Made...); len(n.Made) > 0 {
+	if len(n.Made) > 0 {
 		if want, err = states(plan, tools, n); err != nil { // the note is in them
 			return nil, err
 		}
@@ -53,7 +64,7 @@ func Install(ctx context.Context, plan redirect.Plan, tools Tools) (*Installatio
 
 	in := &Installation{Replaced: had && before.Plan != n.Plan}
 	err = in.install(ctx, plan, found, want, n)
-	if err == nil && had && before.Backend == TProxy && (n.Backend != TProxy || before.Slot != n.Slot) {
+	if err == nil && had && before.Backend == TProxy && n.Backend != TProxy {
 		in.after = func() error { return leaveTProxy(before) }
 	}
 	in.Changed = in.journal.Changed
@@ -66,7 +77,7 @@ func Install(ctx context.Context, plan redirect.Plan, tools Tools) (*Installatio
 // states are the tables of a plan as they are to be.
 func states(plan redirect.Plan, tools Tools, n note) ([]state, error) {
 	var want []state
-	policy, err := policyRules(plan.Policy)
+	policy, err := policyRules(n, plan.Policy)
 	if err != nil {
 		return nil, err
 	}
@@ -82,12 +93,31 @@ func states(plan redirect.Plan, tools Tools, n note) ([]state, error) {
 			}
 			more = append(more, old...)
 		}
-		want = append(want, wanted(t, tools.Of[t.Family], n, more))
+		want = append(want, wanted(t, tools.Of[t.Family], more))
 	}
 	return want, nil
 }
 
+// merged are the values from before any capture: those of an earlier note, and those that nobody has changed yet.
+func merged(noted, now []string) []string {
+	for i := range now {
+		if i < len(noted) && noted[i] != "" {
+			now[i] = noted[i]
+		}
+	}
+	return now
+}
+
 func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, want []state, n note) error {
+	in.journal.OnRollback(func() error {
+		if _, had := noteOf(found); had {
+			return nil
+		}
+		return unmake(n.Made)
+	})
+	if err := in.leaveNote(ctx, found, want); err != nil {
+		return err
+	}
 	restoreSysctls := func() error { return redirect.RestoreSysctls(sysctls, n.Sysctls) }
 	if err := in.journal.Sysctls(plan.Sysctls, restoreSysctls); err != nil {
 		return sysctlFault(err)
@@ -98,12 +128,6 @@ func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, 
 	if err := in.journal.Rules(plan.Rules); err != nil {
 		return err
 	}
-	in.journal.OnRollback(func() error {
-		if _, had := noteOf(found); had {
-			return nil
-		}
-		return unmake(n.Made)
-	})
 	for _, tool := range toolsOf(found, want) {
 		if whole(found, want, tool) {
 			continue
@@ -119,6 +143,30 @@ func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, 
 			return apply(context.WithoutCancel(ctx), tool, now, found)
 		})
 	}
+	return nil
+}
+
+// leaveNote writes the note and the policy before anything else is changed, so that whatever an installation that is killed
+// leaves behind can be found.
+func (in *Installation) leaveNote(ctx context.Context, found, want []state) error {
+	first := want[0].only(chainPolicy)
+	is, has := at(found, first.Tool, first.Table)
+	if has && is.only(chainPolicy).sameAs(first) {
+		return nil
+	}
+	next := is.but(chainPolicy)
+	next.Chains, next.Rules = append(next.Chains, chainPolicy), append(next.Rules, first.Rules...)
+	if err := restore(ctx, first.Tool, transaction(is, next)); err != nil {
+		return err
+	}
+	in.journal.Did("the note of the capture", func() error {
+		ctx := context.WithoutCancel(ctx)
+		now, err := readTable(ctx, first.Tool, first.Table)
+		if err != nil {
+			return err
+		}
+		return restore(ctx, first.Tool, transaction(now, is))
+	})
 	return nil
 }
 

@@ -24,17 +24,8 @@ var nftFamilies = map[redirect.Family]struct {
 	redirect.IPv6: {"ip6", nftables.TableFamilyIPv6},
 }
 
-// willMake says which objects of nf_tables the wanted states bring into being.
-func willMake(want []state) ([]string, error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("ask for the tables of nf_tables: %w", err)
-	}
-	there, err := objects(conn)
-	if err != nil {
-		return nil, err
-	}
-	var made []string
+// willMake says which objects of nf_tables the wanted states bring into being, beside those that are there.
+func willMake(want []state, there []string) (made []string) {
 	for _, s := range want {
 		if s.Tool.Flavour != NFT {
 			continue
@@ -50,11 +41,15 @@ func willMake(want []state) ([]string, error) {
 			}
 		}
 	}
-	return made, nil
+	return made
 }
 
-// objects are the names of the tables and chains that there are.
-func objects(conn *nftables.Conn) ([]string, error) {
+// objects are the names of the tables and chains of nf_tables that there are.
+func objects() ([]string, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("ask for the tables of nf_tables: %w", err)
+	}
 	var names []string
 	for _, f := range nftFamilies {
 		tables, err := conn.ListTablesOfFamily(f.number)
@@ -84,6 +79,10 @@ func unmake(made []string) error {
 	if len(made) == 0 {
 		return nil
 	}
+	there, err := objects()
+	if err != nil {
+		return err
+	}
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("delete the empty tables of nf_tables: %w", err)
@@ -108,7 +107,7 @@ func unmake(made []string) error {
 		}
 		for _, name := range made {
 			family, table, _ := strings.Cut(name, ".")
-			if family == f.name && !strings.Contains(table, ".") && !used[name] {
+			if family == f.name && !strings.Contains(table, ".") && !used[name] && slices.Contains(there, name) {
 				conn.DelTable(&nftables.Table{Name: table, Family: f.number})
 			}
 		}

@@ -16,7 +16,8 @@ import (
 	"github.com/pillionproxy/pillion/redirect"
 )
 
-// note is what an installation leaves behind for whoever comes later, as the comment of its first jump:
+// note is what an installation leaves behind for whoever comes later, as the comment of a rule in the chain PILLION_POLICY.
+// That chain is the first thing to be made and the last to go, so that whatever else is there is told of:
 //
 //	pillion backend=tproxy slot=0 plan=8d2f6a01 tracked=true sysctl=0,0,0,0 made=ip.mangle,ip.filter
 type note struct {
@@ -71,8 +72,8 @@ func parseNote(comment string) (n note, ok bool) {
 // noteOf finds the note of what is installed.
 func noteOf(found []state) (note, bool) {
 	for _, s := range found {
-		for _, j := range s.Jumps {
-			if n, ok := parseNote(commentOf(j)); ok {
+		for _, r := range s.Rules {
+			if n, ok := parseNote(commentOf(r)); ok && chainOf(r) == chainPolicy {
 				return n, true
 			}
 		}
@@ -91,19 +92,19 @@ func planHash(p redirect.Plan) (string, error) {
 	return hex.EncodeToString(sum[:4]), nil
 }
 
-// The policy travels with the capture, as comments of rules in a chain that nothing jumps to.
+// The policy travels with the capture, behind the note in the same chain, to which nothing jumps.
 const (
 	policyComment = "pillion-policy:"
 	policyChunk   = 180 // a comment has 255 bytes at most (XT_MAX_COMMENT_LEN)
 )
 
-// policyRules are the rules whose comments are the policy.
-func policyRules(policy config.Capture) ([]redirect.PacketRule, error) {
+// policyRules are the rules whose comments are the note and the policy.
+func policyRules(n note, policy config.Capture) ([]redirect.PacketRule, error) {
 	text, err := json.Marshal(policy)
 	if err != nil {
 		return nil, fmt.Errorf("write the policy: %w", err)
 	}
-	var rules []redirect.PacketRule
+	rules := []redirect.PacketRule{{Chain: chainPolicy, Target: "-j RETURN", Why: n.String()}}
 	for i, chunk := range slices.Collect(slices.Chunk([]byte(base64.RawURLEncoding.EncodeToString(text)), policyChunk)) {
 		rules = append(rules, redirect.PacketRule{Chain: chainPolicy, Target: "-j RETURN", Why: fmt.Sprintf("%s%d:%s", policyComment, i, chunk)})
 	}

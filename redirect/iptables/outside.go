@@ -33,6 +33,9 @@ func newOutside(f redirect.Family) (*outside, error) {
 	if f == redirect.IPv6 {
 		o.inside, o.outside, bits = netip.MustParseAddr("2001:db8:0:1::1"), netip.MustParseAddr("2001:db8:0:1::2"), 126
 	}
+	if err := sweepOutside(); err != nil {
+		return nil, err
+	}
 	var err error
 	if o.namespace, err = newNamespace(); err != nil {
 		if errors.Is(err, unix.EPERM) {
@@ -117,10 +120,16 @@ func in(namespace *os.File, do func() error) error {
 }
 
 // Close removes the pair and, with its last user, the namespace.
-func (o *outside) Close() error {
-	var err error
-	if l, lerr := netlink.LinkByName(outsideLink); lerr == nil {
-		err = netlink.LinkDel(l)
+func (o *outside) Close() error { return errors.Join(sweepOutside(), o.namespace.Close()) }
+
+// sweepOutside removes the pair. That of a process that was killed goes by itself, but some time later.
+func sweepOutside() error {
+	l, err := netlink.LinkByName(outsideLink)
+	if err != nil {
+		return nil
 	}
-	return errors.Join(err, o.namespace.Close())
+	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("delete %s: %w", outsideLink, err)
+	}
+	return nil
 }

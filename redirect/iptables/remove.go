@@ -24,16 +24,22 @@ func Remove(ctx context.Context) error {
 		return ErrNotInstalled
 	}
 	n, _ := noteOf(found)
+	var noted []state // what stays until everything else is gone
+	for _, s := range found {
+		if s = s.only(chainPolicy); !s.empty() {
+			noted = append(noted, s)
+		}
+	}
 	for _, tool := range toolsOf(found, nil) {
-		err = errors.Join(err, apply(ctx, tool, found, nil))
+		err = errors.Join(err, apply(ctx, tool, found, noted))
 	}
-	if err != nil {
-		return err // the note is still there, or a part of it: Remove can be tried again
+	if err = errors.Join(err, leaveTProxy(n)); err != nil {
+		return err // the note is still there: Remove can be tried again
 	}
-	if n.Backend == TProxy {
-		err = errors.Join(err, leaveTProxy(n))
+	for _, tool := range toolsOf(noted, nil) {
+		err = errors.Join(err, apply(ctx, tool, noted, nil))
 	}
-	return errors.Join(err, unmake(n.Made), probe.SweepAside())
+	return errors.Join(err, unmake(n.Made), probe.SweepAside(), sweepOutside())
 }
 
 // leaveTProxy gives back what the backend tproxy changes beside packet filters.

@@ -84,33 +84,41 @@ func jumpsToUs(line string) bool {
 	return strings.Contains(line, " -j "+chainPrefix) || strings.Contains(line, " -g "+chainPrefix)
 }
 
-// wanted is the state that a table of a plan is to have, with the note in its first jump and the rules that depend on what
-// is under way.
-func wanted(t redirect.Table, tool Tool, n note, more []redirect.PacketRule) state {
+// wanted is the state that a table of a plan is to have, with the rules that are in no plan.
+func wanted(t redirect.Table, tool Tool, more []redirect.PacketRule) state {
 	s := state{Tool: tool, Table: t.Name, Chains: t.Chains, First: true}
 	for _, r := range slices.Concat(t.Rules, more) {
 		if !slices.Contains(s.Chains, r.Chain) {
 			s.Chains = append(slices.Clone(s.Chains), r.Chain)
 		}
-		s.Rules = append(s.Rules, line(r, r.Why))
+		s.Rules = append(s.Rules, line(r))
 	}
-	for i, j := range t.Jumps {
-		why := j.Why
-		if i == 0 && t.Name != "filter" {
-			why = n.String()
-		}
-		s.Jumps = append(s.Jumps, line(j, why))
+	for _, j := range t.Jumps {
+		s.Jumps = append(s.Jumps, line(j))
 	}
 	return s
 }
 
+// only is the part of a state that is one of our chains; but is the rest.
+func (s state) only(chain string) state {
+	s.Jumps, s.Chains = nil, slices.DeleteFunc(slices.Clone(s.Chains), func(c string) bool { return c != chain })
+	s.Rules = slices.DeleteFunc(slices.Clone(s.Rules), func(r string) bool { return chainOf(r) != chain })
+	return s
+}
+
+func (s state) but(chain string) state {
+	s.Chains = slices.DeleteFunc(slices.Clone(s.Chains), func(c string) bool { return c == chain })
+	s.Rules = slices.DeleteFunc(slices.Clone(s.Rules), func(r string) bool { return chainOf(r) == chain })
+	return s
+}
+
 // line writes a rule with its comment.
-func line(r redirect.PacketRule, comment string) string {
+func line(r redirect.PacketRule) string {
 	words := []string{"-A", r.Chain}
 	if r.Match != "" {
 		words = append(words, r.Match)
 	}
-	return strings.Join(append(words, fmt.Sprintf("-m comment --comment %q", comment), r.Target), " ")
+	return strings.Join(append(words, fmt.Sprintf("-m comment --comment %q", r.Why), r.Target), " ")
 }
 
 // transaction leads from one state of a table to another, in one step: our chains are written anew, jumps into them are

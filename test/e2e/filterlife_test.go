@@ -138,7 +138,7 @@ func TestFilterInitKilled(t *testing.T) {
 		whole := time.Since(start)
 		must(t, "clean", p.clean())
 		killed := 0
-		const times = 16
+		const times = 8
 		for i := range times {
 			cmd := p.initCmd("--no-verify")
 			if i%2 == 0 {
