@@ -186,10 +186,10 @@ func TestReapplyUnderLoad(t *testing.T) {
 			var stop atomic.Bool
 			var load sync.WaitGroup
 			var made, both atomic.Int64
-			for _, w := range p.paths() {
+			for i, w := range p.paths() {
 				saw := make(chan seen, 1)
 				always := w.start(echo(saw))
-				w.port = 8000 // which every other policy excludes
+				w.port = uint16(8000 + i) // which every other policy excludes
 				sometimesSaw := make(chan seen, 1)
 				sometimes := w.start(echo(sometimesSaw))
 				for _, to := range []struct {
@@ -204,6 +204,7 @@ func TestReapplyUnderLoad(t *testing.T) {
 						for !stop.Load() {
 							far, c, err := to.once()
 							made.Add(1)
+							time.Sleep(10 * time.Millisecond) // some hundred each second, and time for init
 							switch {
 							case err != nil:
 								t.Errorf("%s/%s: %v", w.name, to.name, err)
@@ -220,7 +221,7 @@ func TestReapplyUnderLoad(t *testing.T) {
 			}
 			for i := range 50 {
 				if i%2 == 0 {
-					p.init("--no-verify", "--exclude-outbound-ports=8000", "--exclude-inbound-ports=8000")
+					p.init("--no-verify", "--exclude-outbound-ports=8000-8005", "--exclude-inbound-ports=8000-8005")
 				} else {
 					p.init("--no-verify")
 				}
