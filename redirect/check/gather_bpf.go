@@ -120,12 +120,13 @@ func featureAnswer(err error, f Facts) Answer {
 	switch {
 	case err == nil:
 		return Answer{State: OK}
-	case errors.Is(err, ebpf.ErrNotSupported):
-		return Answer{State: Missing, Detail: "the kernel does not have it"}
+	// Without the right, "not supported" says nothing: it is how a map or a program fails, too, that may not be made.
 	case !f.Has("CAP_BPF") && !f.Has("CAP_SYS_ADMIN"):
 		return Answer{State: Unknown, Detail: "needs CAP_BPF"}
 	case !f.Has("CAP_NET_ADMIN") && !f.Has("CAP_SYS_ADMIN"):
 		return Answer{State: Unknown, Detail: "needs CAP_NET_ADMIN"}
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return Answer{State: Missing, Detail: "the kernel does not have it"}
 	default:
 		return Answer{State: Unknown, Detail: err.Error()}
 	}

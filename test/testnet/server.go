@@ -30,16 +30,20 @@ func (ns *Namespace) Listen(network, addr string) *net.TCPListener {
 	lc.SetMultipathTCP(false)
 	var ln net.Listener
 	var err error
-	// A listener that was closed lives on for a moment in a process that another test has forked and that has not executed
-	// its program yet.
-	wait(func() bool {
+	untilFree(func() error {
 		ns.Do(func() { ln, err = lc.Listen(context.Background(), network, addr) })
-		return !errors.Is(err, unix.EADDRINUSE)
+		return err
 	})
 	if err != nil {
 		ns.t.Fatalf("testnet: listen on %s in %s: %v", addr, ns.Name, err)
 	}
 	return ln.(*net.TCPListener)
+}
+
+// untilFree listens again while the port is in use: a listener that was closed lives on for a moment in a process that
+// another test has forked and that has not executed its program yet.
+func untilFree(listen func() error) {
+	wait(func() bool { return !errors.Is(listen(), unix.EADDRINUSE) })
 }
 
 // Dial connects from the namespace, with a socket of this process. It waits as long as it takes; closing is the

@@ -124,7 +124,12 @@ func listen(args Listening) (netip.AddrPort, *os.File, error) {
 		return errors.Join(cerr, err)
 	}}
 	lc.SetMultipathTCP(args.MPTCP)
-	ln, err := lc.Listen(context.Background(), args.Network, args.Addr)
+	var ln net.Listener
+	var err error
+	untilFree(func() error {
+		ln, err = lc.Listen(context.Background(), args.Network, args.Addr)
+		return err
+	})
 	if err != nil {
 		return netip.AddrPort{}, nil, err
 	}
