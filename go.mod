@@ -15,6 +15,7 @@ require (
 	github.com/vishvananda/netns v0.0.5
 	go.uber.org/goleak v1.3.0
 	golang.org/x/sys v0.50.0
+	gotest.tools/v3 v3.5.2
 	kernel.org/pub/linux/libs/security/libcap/cap v1.2.78
 )
 

@@ -27,8 +27,10 @@ type Options struct {
 	ebpf.Options
 	Backend Backend          // empty: Auto
 	Flavour iptables.Flavour // of the packet filter, for backends that use one; empty: auto
-	Policy  config.Capture
-	Verify  bool // prove the capture before it is final
+	// Untracked takes connections for not tracked by the kernel even where they are, for tests.
+	Untracked bool
+	Policy    config.Capture
+	Verify    bool // prove the capture before it is final
 	// Confirm, if not 0, is how long the capture stays unless it is confirmed. Only Init heeds it.
 	Confirm time.Duration
 	Log     *slog.Logger // nil: none

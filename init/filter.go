@@ -21,12 +21,19 @@ type filterCapturer struct{ backend Backend }
 
 func (c filterCapturer) name() Backend { return c.backend }
 
+// detect looks for the packet filters that may be used.
+func detect(ctx context.Context, o Options) iptables.Tools {
+	tools := iptables.Detect(ctx, cmp.Or(o.Flavour, iptables.Auto))
+	tools.Tracked = tools.Tracked && !o.Untracked
+	return tools
+}
+
 func (c filterCapturer) plan(ctx context.Context, o Options) (redirect.Plan, string, error) {
 	host, err := redirect.ReadHost(0)
 	if err != nil {
 		return redirect.Plan{}, "", err
 	}
-	tools := iptables.Detect(ctx, cmp.Or(o.Flavour, iptables.Auto))
+	tools := detect(ctx, o)
 	p, err := iptables.Plan(string(c.backend), o.Policy, host, tools)
 	return p, "", err
 }
@@ -50,7 +57,7 @@ func (c filterCapturer) install(ctx context.Context, o Options) (Result, error) 
 	if err != nil {
 		return Result{}, err
 	}
-	tools := iptables.Detect(ctx, cmp.Or(o.Flavour, iptables.Auto))
+	tools := detect(ctx, o)
 	var r Result
 	if r.Plan, err = iptables.Plan(string(c.backend), o.Policy, host, tools); err != nil {
 		return r, err

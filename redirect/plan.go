@@ -167,7 +167,9 @@ func (p Plan) WriteText(w io.Writer) error {
 	for _, f := range p.Filters {
 		step(f.Why, "tc filter replace dev %s %s pref %d bpf da %s", f.Link, f.Direction(), p.Policy.Slot.FilterPriority(), f.Program)
 	}
-	b.WriteString("sysctls\n")
+	if len(p.Sysctls) > 0 {
+		b.WriteString("sysctls\n")
+	}
 	for _, s := range p.Sysctls {
 		step(s.Why, "sysctl -w %s=%s", s.Name, s.Value)
 	}

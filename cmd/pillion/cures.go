@@ -8,8 +8,14 @@ import (
 	"github.com/pillionproxy/pillion/bpf"
 )
 
-// cures are the names by which PILLION_TEST_WITHOUT takes cures out of the kernel half, so that tests can show that they
-// fail without them.
+// testWithout is what PILLION_TEST_WITHOUT takes away, so that tests can show that they fail without a cure of the kernel
+// half, or see what is done where connections are not tracked.
+func (e *env) testWithout() []string { return strings.Split(e.getenv("PILLION_TEST_WITHOUT"), ",") }
+
+// tracking is the name of connection tracking, which packet filters use where it is there.
+const tracking = "conntrack"
+
+// cures are the names of those of the kernel half.
 var cures = map[string]bpf.CaptureCure{
 	"time-wait":       bpf.CaptureCureCURE_TIME_WAIT,
 	"leftover":        bpf.CaptureCureCURE_LEFTOVER,
@@ -28,7 +34,7 @@ var cures = map[string]bpf.CaptureCure{
 }
 
 func without(e *env) (out bpf.CaptureCure) {
-	for _, name := range strings.Split(e.getenv("PILLION_TEST_WITHOUT"), ",") {
+	for _, name := range e.testWithout() {
 		out |= cures[name]
 	}
 	return out

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
@@ -62,6 +63,7 @@ twice, it changes nothing the second time; run with other flags, it replaces the
 			}
 			ctx, stop := interruptible(cmd.Context(), timeout)
 			defer stop()
+			o.Untracked = slices.Contains(e.testWithout(), tracking)
 			if dryRun {
 				return printPlan(ctx, e.stdout, o, output)
 			}

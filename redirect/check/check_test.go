@@ -4,10 +4,7 @@ package check
 
 import (
 	"encoding/json"
-	"flag"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
@@ -15,9 +12,8 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/ebpf"
+	"gotest.tools/v3/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite testdata instead of comparing with it")
 
 // root is a machine of today, seen as root: each case says how it differs.
 func root() Facts {
@@ -186,19 +182,7 @@ func TestHosts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			golden := filepath.Join("testdata", name+".json")
-			if *update {
-				if err := os.WriteFile(golden, append(got, '\n'), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), string(got)+"\n"); diff != "" {
-				t.Errorf("(-want +got; -update accepts)\n%s", diff)
-			}
+			golden.Assert(t, string(got)+"\n", name+".json")
 		})
 	}
 }

@@ -216,7 +216,7 @@ var rights = []struct {
 	{"CAP_SETUID", "try the proxy's user", "`verify` does not try the proxy's user", needs(Better, EBPF, TProxy, Redirect)},
 	{"CAP_DAC_READ_SEARCH", "open the pod's cgroup by its id, where no --cgroup is given", "", nil},
 	{"CAP_SYS_RESOURCE", "lift the limit of locked memory, before Linux 5.11", "", nil},
-	{"CAP_NET_RAW", "use iptables-legacy; the proxy wants it to dial in a client's name", "iptables-legacy cannot be used", needs(Better, TProxy, Redirect)},
+	{"CAP_NET_RAW", "use iptables-legacy; the proxy of ebpf and tproxy wants it to dial in a client's name", "iptables-legacy cannot be used", needs(Better, TProxy, Redirect)},
 }
 
 func capabilityRows(f Facts) []Row {

@@ -4,17 +4,12 @@ package ebpf
 
 import (
 	"bytes"
-	"flag"
-	"os"
-	"path/filepath"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
+	"gotest.tools/v3/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 func TestPlanIsWhatTheGoldenFilesSay(t *testing.T) {
 	lo := redirect.Interface{Index: 1, Name: "lo", Loopback: true, Up: true, IPv6: true}
@@ -48,19 +43,7 @@ func TestPlanIsWhatTheGoldenFilesSay(t *testing.T) {
 			if err := Plan(tt.policy, tt.host, tt.lifetime).WriteText(&got); err != nil {
 				t.Fatal(err)
 			}
-			path := filepath.Join("testdata", tt.name+".plan")
-			if *update {
-				if err := os.WriteFile(path, got.Bytes(), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatalf("%v (run the test with -update)", err)
-			}
-			if diff := cmp.Diff(string(want), got.String()); diff != "" {
-				t.Errorf("-want +got:\n%s", diff)
-			}
+			golden.Assert(t, got.String(), tt.name+".plan")
 		})
 	}
 }

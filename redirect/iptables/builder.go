@@ -18,6 +18,8 @@ const (
 	chainOld    = chainPrefix + "OLD"
 	chainLo     = chainPrefix + "LO"
 	chainIn     = chainPrefix + "IN"
+	chainNew    = chainPrefix + "NEW"
+	chainWait   = chainPrefix + "WAIT" // there only while other rules are on their way
 	chainReset  = chainPrefix + "RESET"
 	chainHold   = chainPrefix + "HOLD"
 	chainHoldIn = chainPrefix + "HOLD_IN"

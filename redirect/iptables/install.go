@@ -86,13 +86,6 @@ func states(plan redirect.Plan, tools Tools, n note) ([]state, error) {
 		if i == 0 {
 			more = policy
 		}
-		if slices.Contains(t.Chains, chainOld) {
-			old, err := exceptions(plan.Policy, t.Family)
-			if err != nil {
-				return nil, err
-			}
-			more = append(more, old...)
-		}
 		want = append(want, wanted(t, tools.Of[t.Family], more))
 	}
 	return want, nil
@@ -128,20 +121,28 @@ func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, 
 	if err := in.journal.Rules(plan.Rules); err != nil {
 		return err
 	}
+	was := found
+	if stateless(want) {
+		var err error
+		if found, want, err = in.exceptOlder(ctx, plan, found, want, n); err != nil {
+			return err
+		}
+	}
 	for _, tool := range toolsOf(found, want) {
 		if whole(found, want, tool) {
 			continue
 		}
-		if err := apply(ctx, tool, found, want); err != nil {
-			return err
-		}
+		// Known to the journal before it is done: it may fail with some of the tables done.
 		in.journal.Did(fmt.Sprintf("rules of %s (IPv%d, %s)", tool.Name, tool.Family, tool.Flavour), func() error {
 			now, err := readState(context.WithoutCancel(ctx))
 			if err != nil {
 				return err
 			}
-			return apply(context.WithoutCancel(ctx), tool, now, found)
+			return apply(context.WithoutCancel(ctx), tool, now, was)
 		})
+		if err := apply(ctx, tool, found, want); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -168,6 +169,38 @@ func (in *Installation) leaveNote(ctx context.Context, found, want []state) erro
 		return restore(ctx, first.Tool, transaction(now, is))
 	})
 	return nil
+}
+
+// exceptOlder adds the exceptions of existing.go to the wanted states. Those that are there hold if nothing else changes.
+func (in *Installation) exceptOlder(ctx context.Context, plan redirect.Plan, found, want []state, n note) (is, excepted []state, err error) {
+	if before, had := noteOf(found); had && before.Plan == n.Plan {
+		same := withRules(want, func(s state) []string { is, _ := at(found, s.Tool, s.Table); return is.only(chainOld).Rules })
+		if !slices.ContainsFunc(toolsOf(found, same), func(t Tool) bool { return !whole(found, same, t) }) {
+			return found, same, nil
+		}
+	}
+	in.journal.OnRollback(func() error {
+		ctx := context.WithoutCancel(ctx)
+		now, err := readState(ctx)
+		for _, tool := range toolsOf(want, nil) {
+			err = errors.Join(err, apply(ctx, tool, now, found))
+		}
+		return err
+	})
+	if is, err = pause(ctx, plan.Policy, want); err != nil {
+		return nil, nil, err
+	}
+	older := make(map[redirect.Family][]string)
+	for _, tool := range toolsOf(want, nil) {
+		rules, err := exceptions(plan.Policy, tool.Family)
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, r := range rules {
+			older[tool.Family] = append(older[tool.Family], line(r))
+		}
+	}
+	return is, withRules(want, func(s state) []string { return older[s.Tool.Family] }), nil
 }
 
 // toolsOf are the tools by which something is or will be there, those of the wanted states first: what is replaced by

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"time"
 
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/vishvananda/netlink"
@@ -86,7 +87,7 @@ func (o *outside) join(bits int) error {
 	if err := netlink.LinkSetUp(here); err != nil {
 		return err
 	}
-	return in(o.namespace, func() error {
+	err = in(o.namespace, func() error {
 		l, err := netlink.LinkByName(outsideLink + "1")
 		if err != nil {
 			return err
@@ -94,8 +95,24 @@ func (o *outside) join(bits int) error {
 		if err := address(netlink.AddrReplace, l, o.outside, bits); err != nil {
 			return err
 		}
-		return netlink.LinkSetUp(l)
+		if err := netlink.LinkSetUp(l); err != nil {
+			return err
+		}
+		return carries(l)
 	})
+	return errors.Join(err, carries(here))
+}
+
+// carries waits until an interface sends what it is given: the kernel sets its queue up in a work of its own, and drops
+// until then (net/core/link_watch.c). A probe would be sent again after a second; so this is no error.
+func carries(l netlink.Link) error {
+	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		now, err := netlink.LinkByIndex(l.Attrs().Index)
+		if err != nil || now.Attrs().OperState == netlink.OperUp {
+			return err
+		}
+	}
+	return nil
 }
 
 func address(set func(netlink.Link, *netlink.Addr) error, l netlink.Link, a netip.Addr, bits int) error {

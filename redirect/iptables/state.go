@@ -153,10 +153,15 @@ func transaction(from, to state) string {
 	return b.String()
 }
 
-// apply brings the tables of one tool from what they are to what they should be, in one transaction.
+// apply brings the tables of one tool from what they are to what they should be. Each table is a transaction of its own,
+// so an error may come after some of them.
 func apply(ctx context.Context, tool Tool, from, to []state) error {
+	order := slices.Clone(tables)
+	if !slices.ContainsFunc(to, func(s state) bool { return len(s.Jumps) > 0 }) { // all is taken away
+		slices.Reverse(order)
+	}
 	var b strings.Builder
-	for _, table := range tables {
+	for _, table := range order {
 		was, has := at(from, tool, table)
 		will, wants := at(to, tool, table)
 		if has || wants {

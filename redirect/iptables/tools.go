@@ -150,8 +150,8 @@ func holdsRules(ctx context.Context, t Tool) bool {
 	return false
 }
 
-// tables are those that a backend may use.
-var tables = []string{"mangle", "nat", "filter"}
+// tables are those that a backend may use. What lets nothing by comes before what takes connections.
+var tables = []string{"filter", "mangle", "nat"}
 
 // legacyTables are the tables of the legacy flavour that this network namespace has. Asking for another would make it.
 func legacyTables(f redirect.Family) map[string]bool {

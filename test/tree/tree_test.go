@@ -5,7 +5,6 @@ package tree
 import (
 	"bufio"
 	"bytes"
-	"flag"
 	"go/parser"
 	"go/token"
 	"io/fs"
@@ -19,9 +18,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"gotest.tools/v3/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite testdata instead of comparing with it")
 
 const module = "github.com/pillionproxy/pillion"
 
@@ -258,7 +256,6 @@ func TestFileLengths(t *testing.T) {
 
 // TestLinkedPackages: a new dependency of the binary is a visible decision.
 func TestLinkedPackages(t *testing.T) {
-	const golden = "testdata/packages.txt"
 	list := exec.Command("go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", "./cmd/pillion")
 	list.Dir = tree
 	list.Env = append(os.Environ(), "GOOS=linux", "GOARCH=amd64", "CGO_ENABLED=0", "GOWORK=off")
@@ -275,19 +272,7 @@ func TestLinkedPackages(t *testing.T) {
 		}
 	}
 	slices.Sort(got)
-	if *update {
-		if err := os.WriteFile(golden, []byte(strings.Join(got, "\n")+"\n"), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	content, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(strings.Fields(string(content)), got); diff != "" {
-		t.Errorf("packages linked into pillion (-committed +now):\n%s\nif that is meant: go test ./test/tree -update", diff)
-	}
+	golden.Assert(t, strings.Join(got, "\n")+"\n", "packages.txt")
 }
 
 // TestReadmeCommandsExist: what the README says to type, and the files that it points to, are there.
