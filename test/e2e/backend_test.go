@@ -15,17 +15,22 @@ import (
 type backend struct {
 	name string
 	args []string // none: ebpf, by the cgroup
+	env  []string // of init
 }
 
 // filterBackends capture the whole network namespace by packet filters.
 var filterBackends = []backend{
-	{"tproxy-nft", []string{"--backend=tproxy", "--iptables=nft"}},
-	{"tproxy-legacy", []string{"--backend=tproxy", "--iptables=legacy"}},
-	{"redirect-nft", []string{"--backend=redirect", "--iptables=nft"}},
-	{"redirect-legacy", []string{"--backend=redirect", "--iptables=legacy"}},
+	{"tproxy-nft", []string{"--backend=tproxy", "--iptables=nft"}, nil},
+	{"tproxy-legacy", []string{"--backend=tproxy", "--iptables=legacy"}, nil},
+	{"redirect-nft", []string{"--backend=redirect", "--iptables=nft"}, nil},
+	{"redirect-legacy", []string{"--backend=redirect", "--iptables=legacy"}, nil},
+	{"tproxy-untracked", []string{"--backend=tproxy", "--iptables=nft"}, []string{"PILLION_TEST_WITHOUT=conntrack"}},
 }
 
 var backends = append([]backend{{name: "ebpf"}}, filterBackends...)
+
+// untracked reports whether the backend does without connection tracking, as where nf_conntrack is not loaded.
+func (b backend) untracked() bool { return len(b.env) > 0 }
 
 func (b backend) redirects() bool { return strings.HasPrefix(b.name, "redirect") }
 

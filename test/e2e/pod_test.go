@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"errors"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -90,7 +91,9 @@ func (p *pod) pillion(args ...string) *testnet.Cmd {
 // initCmd prepares `pillion init` as an init container would run it.
 func (p *pod) initCmd(args ...string) *testnet.Cmd {
 	if len(p.by.args) > 0 {
-		return p.pillion(append(append([]string{"init"}, p.by.args...), args...)...)
+		cmd := p.pillion(append(append([]string{"init"}, p.by.args...), args...)...)
+		cmd.Env = append(os.Environ(), p.by.env...)
+		return cmd
 	}
 	cmd := p.ns.Command(p.initCG, pillionPath, append([]string{"init", "--cgroup", p.cg.Path}, args...)...)
 	if !p.asRoot {
