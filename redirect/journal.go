@@ -20,17 +20,25 @@ type Journal struct {
 	undoes map[string]bool // what undo covers
 }
 
-// Did notes a change and how to undo it. What is done a second time, because somebody undid it, is undone once.
-func (j *Journal) Did(what string, undo func() error) {
+// Interrupt, if not nil, is called after the change of a number, from 1, of each Journal, for tests: its error ends the
+// installation there.
+var Interrupt func(change int) error
+
+// Did notes a change and how to undo it; nil where OnRollback knows that already. What is done a second time, because
+// somebody undid it, is undone once. Its error is that of Interrupt.
+func (j *Journal) Did(what string, undo func() error) error {
 	j.Changed = append(j.Changed, what)
-	if j.undoes[what] {
-		return
+	if undo != nil && !j.undoes[what] {
+		if j.undoes == nil {
+			j.undoes = make(map[string]bool)
+		}
+		j.undoes[what] = true
+		j.OnRollback(undo)
 	}
-	if j.undoes == nil {
-		j.undoes = make(map[string]bool)
+	if Interrupt != nil {
+		return Interrupt(len(j.Changed))
 	}
-	j.undoes[what] = true
-	j.OnRollback(undo)
+	return nil
 }
 
 // OnRollback adds something to undo that is no change by itself.
@@ -56,7 +64,9 @@ func (j *Journal) Sysctls(want []Sysctl, restore func() error) error {
 			return err
 		}
 		if changed {
-			j.Did("sysctl "+s.Name, restore)
+			if err := j.Did("sysctl "+s.Name, restore); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -74,7 +84,10 @@ func (j *Journal) Routes(want []Route) error {
 			return routeFault(err)
 		}
 		if added {
-			j.Did(fmt.Sprintf("IPv%d route of table %d dev %s", r.Family, r.Table, r.Link), func() error { return route.DelRoute(n) })
+			what := fmt.Sprintf("IPv%d route of table %d dev %s", r.Family, r.Table, r.Link)
+			if err := j.Did(what, func() error { return route.DelRoute(n) }); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -89,7 +102,10 @@ func (j *Journal) Rules(want []Rule) error {
 			return routeFault(err)
 		}
 		if added {
-			j.Did(fmt.Sprintf("IPv%d rule %d", r.Family, r.Priority), func() error { return route.DelRule(n) })
+			what := fmt.Sprintf("IPv%d rule %d", r.Family, r.Priority)
+			if err := j.Did(what, func() error { return route.DelRule(n) }); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

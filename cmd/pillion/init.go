@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
@@ -63,11 +62,11 @@ twice, it changes nothing the second time; run with other flags, it replaces the
 			}
 			ctx, stop := interruptible(cmd.Context(), timeout)
 			defer stop()
-			o.Untracked = slices.Contains(e.testWithout(), tracking)
+			e.forTests(&o)
 			if dryRun {
 				return printPlan(ctx, e.stdout, o, output)
 			}
-			o.Without, o.Verify, o.Log = without(e), !noVerify, log
+			o.Verify, o.Log = !noVerify, log
 			r, err := bootstrap.Init(ctx, o)
 			if err != nil {
 				return err

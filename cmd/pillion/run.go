@@ -15,7 +15,6 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/pillionproxy/pillion/proxy"
-	"github.com/pillionproxy/pillion/redirect/ebpf"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -111,7 +110,9 @@ func runCommand(ctx context.Context, e *env, o runOptions, args []string) (err e
 	defer sidecar.stop()
 
 	o.policy.Cgroup = group.path
-	held, err := bootstrap.Hold(ctx, bootstrap.Options{Options: ebpf.Options{Without: without(e)}, Policy: o.policy, Verify: !o.noVerify, Log: log}, sidecar.start)
+	options := bootstrap.Options{Policy: o.policy, Verify: !o.noVerify, Log: log}
+	e.forTests(&options)
+	held, err := bootstrap.Hold(ctx, options, sidecar.start)
 	if err != nil {
 		return err
 	}

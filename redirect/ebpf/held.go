@@ -145,7 +145,9 @@ func (in *installer) holdHooks() error {
 		if err != nil {
 			return err
 		}
-		in.Did("hook "+h.Attach, l.Close)
+		if err := in.Did("hook "+h.Attach, l.Close); err != nil {
+			return err
+		}
 	}
 	return nil
 }

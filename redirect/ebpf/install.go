@@ -257,12 +257,15 @@ func (in *installer) filters(n note, old previous) error {
 		if !had {
 			in.OnRollback(func() error { return delClsact(f.Index) })
 		}
-		in.Did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
+		err = in.Did(fmt.Sprintf("filter %s %s", f.Link, f.Direction()), func() error {
 			if was, ok := old.filterAt(f); ok {
 				return putBack(f, was)
 			}
 			return delFilter(n.Slot, f.Index, f.Egress)
 		})
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -294,7 +297,9 @@ func (in *installer) hooks() error {
 		if err := attachHook(in.dir, h, p); err != nil {
 			return err
 		}
-		in.Did("hook "+h.Attach, func() error { return detachOwn(in.dir, h, p) })
+		if err := in.Did("hook "+h.Attach, func() error { return detachOwn(in.dir, h, p) }); err != nil {
+			return err
+		}
 	}
 	return nil
 }

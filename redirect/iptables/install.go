@@ -121,26 +121,28 @@ func (in *Installation) install(ctx context.Context, plan redirect.Plan, found, 
 	if err := in.journal.Rules(plan.Rules); err != nil {
 		return err
 	}
-	was := found
+	is := found
 	if stateless(want) {
 		var err error
-		if found, want, err = in.exceptOlder(ctx, plan, found, want, n); err != nil {
+		if is, want, err = in.exceptOlder(ctx, plan, found, want, n); err != nil {
 			return err
 		}
 	}
-	for _, tool := range toolsOf(found, want) {
-		if whole(found, want, tool) {
+	for _, tool := range toolsOf(is, want) {
+		if whole(is, want, tool) {
 			continue
 		}
-		// Known to the journal before it is done: it may fail with some of the tables done.
-		in.journal.Did(fmt.Sprintf("rules of %s (IPv%d, %s)", tool.Name, tool.Family, tool.Flavour), func() error {
+		in.journal.OnRollback(func() error { // also if it fails: some of the tables may be done
 			now, err := readState(context.WithoutCancel(ctx))
 			if err != nil {
 				return err
 			}
-			return apply(context.WithoutCancel(ctx), tool, now, was)
+			return apply(context.WithoutCancel(ctx), tool, now, found)
 		})
-		if err := apply(ctx, tool, found, want); err != nil {
+		if err := apply(ctx, tool, is, want); err != nil {
+			return err
+		}
+		if err := in.journal.Did(fmt.Sprintf("rules of %s (IPv%d, %s)", tool.Name, tool.Family, tool.Flavour), nil); err != nil {
 			return err
 		}
 	}
@@ -160,7 +162,7 @@ func (in *Installation) leaveNote(ctx context.Context, found, want []state) erro
 	if err := restore(ctx, first.Tool, transaction(is, next)); err != nil {
 		return err
 	}
-	in.journal.Did("the note of the capture", func() error {
+	return in.journal.Did("the note of the capture", func() error {
 		ctx := context.WithoutCancel(ctx)
 		now, err := readTable(ctx, first.Tool, first.Table)
 		if err != nil {
@@ -168,7 +170,6 @@ func (in *Installation) leaveNote(ctx context.Context, found, want []state) erro
 		}
 		return restore(ctx, first.Tool, transaction(now, is))
 	})
-	return nil
 }
 
 // exceptOlder adds the exceptions of existing.go to the wanted states. Those that are there hold if nothing else changes.

@@ -3,8 +3,11 @@
 package e2e
 
 import (
+	"encoding/json"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -126,6 +129,52 @@ func TestFilterDrift(t *testing.T) {
 		must(t, "clean", p.clean())
 		wantState(t, "after clean", before, p.hostState())
 	})
+}
+
+// TestInitStoppedAfterEachChange: an init that fails takes back whatever it has done so far; one that dies there leaves what
+// clean takes away.
+func TestInitStoppedAfterEachChange(t *testing.T) {
+	for _, b := range backends {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			p := newPodBy(t, b)
+			before := p.hostState()
+			r := run(t, p.initCmd("-o", "json"))
+			must(t, "init", r)
+			var whole struct{ Changed []string }
+			if err := json.Unmarshal([]byte(r.stdout), &whole); err != nil {
+				t.Fatal(err)
+			}
+			must(t, "clean", p.clean())
+			stopped := func(how string, change int) result {
+				cmd := p.initCmd("--no-verify")
+				if cmd.Env == nil {
+					cmd.Env = os.Environ()
+				}
+				cmd.Env = append(cmd.Env, fmt.Sprintf("PILLION_TEST_INTERRUPT=%s:%d", how, change))
+				return run(t, cmd)
+			}
+			for i, what := range whole.Changed {
+				r := stopped("fail", i+1)
+				if r.code == 0 || !strings.Contains(r.stderr, "interrupted by a test") {
+					t.Fatalf("init was to fail, and ended with %d: %s", r.code, r.stderr)
+				}
+				wantState(t, "after init failed behind "+what, before, p.hostState())
+				if r := stopped("kill", i+1); r.code != 128+int(syscall.SIGKILL) {
+					t.Fatalf("init was to be killed, and ended with %d: %s", r.code, r.stderr)
+				}
+				must(t, "clean", p.clean())
+				wantState(t, "after clean of what init left that died behind "+what, before, p.hostState())
+				if t.Failed() {
+					t.FailNow()
+				}
+			}
+			t.Logf("%d changes", len(whole.Changed))
+			if r := stopped("fail", len(whole.Changed)+1); r.code != 0 {
+				t.Errorf("there are more changes than init said: %s", r.stderr)
+			}
+		})
+	}
 }
 
 // TestFilterInitKilled: SIGKILL at any moment leaves what the next init makes whole, and clean takes away.

@@ -64,7 +64,7 @@ func (p *pod) markRoute(mark uint32, table int) {
 	}
 }
 
-// initWithout installs the capture with cures taken out: see cmd/pillion/cures.go. It is not proven, since it may be wrong.
+// initWithout installs the capture with cures taken out: see cmd/pillion/testing.go. It is not proven, since it may be wrong.
 func (p *pod) initWithout(cures string, args ...string) {
 	p.t.Helper()
 	cmd := p.initCmd(append([]string{"--no-verify"}, args...)...)

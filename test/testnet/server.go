@@ -4,13 +4,11 @@ package testnet
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 func parseIP(t testing.TB, s string) net.IP {
@@ -30,20 +28,11 @@ func (ns *Namespace) Listen(network, addr string) *net.TCPListener {
 	lc.SetMultipathTCP(false)
 	var ln net.Listener
 	var err error
-	untilFree(func() error {
-		ns.Do(func() { ln, err = lc.Listen(context.Background(), network, addr) })
-		return err
-	})
+	ns.Do(func() { ln, err = lc.Listen(context.Background(), network, addr) })
 	if err != nil {
 		ns.t.Fatalf("testnet: listen on %s in %s: %v", addr, ns.Name, err)
 	}
 	return ln.(*net.TCPListener)
-}
-
-// untilFree listens again while the port is in use: a listener that was closed lives on for a moment in a process that
-// another test has forked and that has not executed its program yet.
-func untilFree(listen func() error) {
-	wait(func() bool { return !errors.Is(listen(), unix.EADDRINUSE) })
 }
 
 // Dial connects from the namespace, with a socket of this process. It waits as long as it takes; closing is the
@@ -118,11 +107,15 @@ func (s *Server) forget(c *net.TCPConn) {
 	c.Close()
 }
 
-// Close ends the server and every connection of it, and waits for the handlers. It may be called twice.
+// Close ends the server and every connection of it, and waits for the handlers. From then on nobody listens. It may be
+// called twice.
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.done = true
+	// A process that another test starts at this moment would have a copy, and keep the port, until it executes its program.
+	syscall.ForkLock.RLock()
 	s.ln.Close()
+	syscall.ForkLock.RUnlock()
 	for c := range s.conns {
 		c.Close()
 	}

@@ -124,12 +124,7 @@ func listen(args Listening) (netip.AddrPort, *os.File, error) {
 		return errors.Join(cerr, err)
 	}}
 	lc.SetMultipathTCP(args.MPTCP)
-	var ln net.Listener
-	var err error
-	untilFree(func() error {
-		ln, err = lc.Listen(context.Background(), args.Network, args.Addr)
-		return err
-	})
+	ln, err := lc.Listen(context.Background(), args.Network, args.Addr)
 	if err != nil {
 		return netip.AddrPort{}, nil, err
 	}
