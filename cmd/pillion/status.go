@@ -25,6 +25,9 @@ func newStatusCommand(e *env) *cobra.Command {
 		Short: "Show what is captured in this network namespace, and whether it is effective",
 		Long: `Show every capture of this network namespace, part by part, with the count of each verdict where it may be read
 (CAP_SYS_ADMIN). It changes nothing. The exit status is 0 if there is a capture and all of its parts are in place.`,
+		Example: `  pillion status
+  pillion status --cgroup /sys/fs/cgroup/system.slice/shop.service -o json
+  nsenter --net=/run/netns/shop pillion status            # in another network namespace`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			reports, err := inspect(cmd.Context(), path)

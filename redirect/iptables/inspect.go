@@ -65,7 +65,7 @@ func inspectTable(t redirect.Table, tool Tool, found []state) []redirect.Item {
 	want := wanted(t, tool, nil)
 	is.Rules = without(is.Rules, chainOld, chainPolicy)
 	name := fmt.Sprintf("IPv%d %s", t.Family, t.Name)
-	rules := redirect.Item{Kind: "rules", Name: name, State: redirect.StateOK, Detail: fmt.Sprintf("%d rules in %d chains, by %s", len(want.Rules), len(want.Chains), tool.Name)}
+	rules := redirect.Item{Kind: "rules", Name: name, State: redirect.StateOK, Detail: fmt.Sprintf("%d in %s, by %s", len(want.Rules), strings.Join(want.Chains, ", "), tool.Name)}
 	jumps := redirect.Item{Kind: "jumps", Name: name, State: redirect.StateOK, Detail: t.Jumps[0].Why}
 	const again = "; run `pillion init` again"
 	switch {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -415,6 +416,39 @@ func TestFilterSelection(t *testing.T) {
 					for _, w := range c.paths {
 						t.Run(fmt.Sprintf("%s/%s", w.name, c.name), func(t *testing.T) { p.goes(t, w, c.captured) })
 					}
+				}
+			})
+		}
+	})
+}
+
+// TestFilterSession: the port of the SSH server by which whoever runs init is logged in is left alone, also behind sudo,
+// unless it is named.
+func TestFilterSession(t *testing.T) {
+	byFilter(t, func(t *testing.T, b backend) {
+		for _, tt := range []struct {
+			name     string
+			args     []string
+			captured bool
+		}{{"left alone", nil, false}, {"named", []string{"--include-inbound-ports=8022-8023,8022"}, true}} {
+			t.Run(tt.name, func(t *testing.T) {
+				p := newPodBy(t, b)
+				plain := p.initCmd(tt.args...)
+				words := append([]string{"-c", `env -u SSH_CONNECTION "$@"; exit $?`, "sh"}, plain.Args...)
+				cmd := p.ns.Command(nil, "/bin/sh", words...)
+				cmd.Env = append(os.Environ(), b.env...)
+				cmd.Env = append(cmd.Env, fmt.Sprintf("SSH_CONNECTION=%s 50022 %s 8022", client4, pod4))
+				r := run(t, cmd)
+				must(t, "init", r)
+				if said := strings.Contains(r.stderr, "by which you are logged in"); said == tt.captured {
+					t.Errorf("init said %q", r.stderr)
+				}
+				p.startProxyOf(b)
+				for _, w := range p.inbound() {
+					w.port = 8022
+					p.goes(t, w, tt.captured)
+					w.port = 8023
+					p.goes(t, w, true)
 				}
 			})
 		}
