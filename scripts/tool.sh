@@ -9,7 +9,8 @@
 case ${1:-} in
 golangci-lint) module=github.com/golangci/golangci-lint/v2/cmd/golangci-lint version=v2.15.0 ;;
 gofumpt) module=mvdan.cc/gofumpt version=v0.12.0 ;;
-*) fail "tool.sh: unknown tool \"${1:-}\"; there are: golangci-lint gofumpt" ;;
+cyclonedx-gomod) module=github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod version=v1.10.0 ;;
+*) fail "tool.sh: unknown tool \"${1:-}\"; there are: golangci-lint gofumpt cyclonedx-gomod" ;;
 esac
 
 need_go

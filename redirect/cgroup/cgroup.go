@@ -141,7 +141,38 @@ func OwnDir() (*Dir, error) {
 			return d, nil
 		}
 	}
+	if d, err := openUnmounted(own); err == nil {
+		return d, nil
+	}
 	return nil, seen(fmt.Errorf("own cgroup %s is under no cgroup2 mount", own))
+}
+
+// openUnmounted opens a cgroup by its path in our cgroup namespace through a mount of our own that is attached nowhere, and
+// goes when the file is closed: a container on a host of both versions sees version 1 alone. It takes CAP_SYS_ADMIN.
+func openUnmounted(path string) (*Dir, error) {
+	fsfd, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("fsopen cgroup2: %w", err)
+	}
+	defer unix.Close(fsfd)
+	if err := unix.FsconfigCreate(fsfd); err != nil {
+		return nil, fmt.Errorf("fsconfig cgroup2: %w", err)
+	}
+	root, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("fsmount cgroup2: %w", err)
+	}
+	defer unix.Close(root)
+	fd, err := unix.Openat(root, "."+path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	d, err := fromFile(f, path)
+	if err != nil {
+		f.Close()
+	}
+	return d, err
 }
 
 // seen adds to a failed search what there was to see, and what to mount.
@@ -160,7 +191,10 @@ func seen(err error) error {
 			}
 		}
 	}
-	own, _ := os.ReadFile("/proc/self/cgroup")
+	own, oerr := Own()
+	if oerr != nil {
+		own = "none"
+	}
 	var hint string
 	switch {
 	case len(v2) == 0 && len(v1) > 0:
@@ -171,8 +205,7 @@ func seen(err error) error {
 		hint = "give the directory with --cgroup, or mount the host's cgroup2 file system (in a pod: a hostPath volume of /sys/fs/cgroup)"
 	}
 	return &config.Fault{
-		Err: fmt.Errorf("%w (cgroup2 mounts: %s; version 1 mounts: %d; /proc/self/cgroup: %s)", err,
-			list(v2), len(v1), strings.Join(strings.Fields(string(own)), " ")),
+		Err:  fmt.Errorf("%w (cgroup2 mounts: %s; version 1 mounts: %d; own cgroup: %s)", err, list(v2), len(v1), own),
 		Hint: hint,
 		Exit: config.ExitUnavailable,
 	}

@@ -103,6 +103,9 @@ func podAbovePath(container string) (*Dir, error) {
 			return d, nil
 		}
 	}
+	if d, err := openUnmounted(pod); err == nil {
+		return d, nil
+	}
 	return nil, seen(fmt.Errorf("the pod's cgroup %s is under no mount", pod))
 }
 

@@ -148,10 +148,20 @@ func (p prover) outbound(ctx context.Context, f redirect.Family, mapped bool, ou
 		if w.GID != base.GID {
 			t.GID = w.GID
 		}
-		captured, err := t.Try(ctx)
+		captured, err := p.try(ctx, t)
 		checks = append(checks, probe.Concluded(check, w.Captured, captured, err, "an app's connection"))
 	}
 	return checks
+}
+
+// try makes the connection, with redirect a second time if nobody got it: NAT takes another source port where a connection
+// from the same one is remembered to the proxy's port, and the borrowed listener does not know it.
+func (p prover) try(ctx context.Context, t probe.Trial) (captured bool, err error) {
+	captured, err = t.Try(ctx)
+	if p.backend == Redirect && errors.Is(err, probe.ErrSilence) {
+		captured, err = t.Try(ctx)
+	}
+	return captured, err
 }
 
 func (p prover) proxys(ctx context.Context, f redirect.Family) redirect.Check {
@@ -196,7 +206,7 @@ func (p prover) inbound(ctx context.Context, f redirect.Family, in *probe.Borrow
 			Target: netip.AddrPortFrom(out.inside, w.Address.Port()), From: w.Address.Addr(),
 			Borrowed: in, Namespace: out.namespace, ByHandshake: true,
 		}
-		captured, err := t.Try(ctx)
+		captured, err := p.try(ctx, t)
 		checks = append(checks, probe.Concluded(check, w.Captured, captured, err, "a connection to an app's listener"))
 	}
 	if len(checks) == 0 {

@@ -133,7 +133,7 @@ func TestFilterPortsUsedAgain(t *testing.T) {
 		stray := p.countStray()
 		for i, w := range p.paths() {
 			t.Run(w.name+"/one port", func(t *testing.T) {
-				wantThrough(t, p.client(w, world), w.again(uint16(40001+i), serverFirst))
+				wantThrough(t, p.client(w, world), w.again(uint16(61001+i), serverFirst))
 			})
 			w.port = strayPort + uint16(i)
 			for _, e := range []ending{serverFirst, clientFirst, clientResets} {

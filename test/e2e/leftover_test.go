@@ -41,7 +41,7 @@ func TestServerThatNeverEnds(t *testing.T) {
 		for i, w := range ways {
 			over := make(chan struct{})
 			answer := sayPeer(serverFirst)
-			a := w.again(uint16(40001+i), clientFirst)
+			a := w.again(uint16(61001+i), clientFirst)
 			a.Count = 1
 			a.To = w.start(func(c *net.TCPConn) {
 				answer(c)

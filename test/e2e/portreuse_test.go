@@ -47,7 +47,7 @@ func TestSourcePortUsedAgain(t *testing.T) {
 				for _, e := range []ending{serverFirst, clientResets} {
 					t.Run(w.name+"/"+string(e), func(t *testing.T) {
 						before := synsRepeated(t, w.clientNS)
-						wantThrough(t, p.client(w, world), w.again(uint16(40001+i), e))
+						wantThrough(t, p.client(w, world), w.again(uint16(61001+i), e))
 						repeated := synsRepeated(t, w.clientNS) - before
 						switch {
 						case e == clientResets: // leaves nothing behind
@@ -71,7 +71,7 @@ func TestSourcePortUsedAgain(t *testing.T) {
 			world := p.ext.Agent(nil)
 			var hang []connecting
 			for i, w := range p.paths() {
-				a := w.again(uint16(40001+i), serverFirst)
+				a := w.again(uint16(61001+i), serverFirst)
 				if w.direction == "outbound" {
 					hang = append(hang, w.connecting(p.app, a))
 				} else {
@@ -181,7 +181,7 @@ func TestTimeWaitThatIgnoresResets(t *testing.T) {
 			p.startProxy(inside)
 			world := p.ext.Agent(nil)
 			for i, w := range p.paths() {
-				wantThrough(t, p.client(w, world), w.again(uint16(40001+i), serverFirst))
+				wantThrough(t, p.client(w, world), w.again(uint16(61001+i), serverFirst))
 			}
 			t.Run("without the cure", func(t *testing.T) {
 				p.ns.Sysctl(sysctl, "1")
@@ -216,7 +216,7 @@ func TestOlderTimestamp(t *testing.T) {
 			p.startProxy(inside)
 			world := p.ext.Agent(nil)
 			for i, w := range p.paths() {
-				a := w.again(uint16(40001+i), serverFirst)
+				a := w.again(uint16(61001+i), serverFirst)
 				a.Count = 1
 				for round := range 6 { // of two that follow each other, one goes back: with a random offset, and without
 					w.clientNS.Sysctl("net.ipv4.tcp_timestamps", strconv.Itoa(1+round%2))
