@@ -12,7 +12,8 @@ packages_of() {
 	demo) echo ca-certificates nginx-light curl iproute2 util-linux ;;
 	test)
 		echo ca-certificates gcc libc6-dev iproute2 iptables util-linux sudo curl openssl nginx-light \
-			redis-server redis-tools postgresql postgresql-client openssh-server openssh-client
+			redis-server redis-tools postgresql postgresql-client openssh-server openssh-client \
+			podman runc conmon netavark catatonit busybox-static libcap2-bin
 		;;
 	bench) echo ca-certificates iproute2 iptables ;;
 	lint) echo ca-certificates shellcheck git ;;
@@ -33,6 +34,9 @@ program_of() {
 	postgresql) echo postgres ;;
 	openssh-server) echo sshd ;;
 	openssh-client) echo ssh ;;
+	busybox-static) echo busybox ;;
+	netavark) echo /usr/lib/podman/netavark ;;
+	libcap2-bin) echo setcap ;;
 	llvm-14) echo llvm-strip-14 ;;
 	ca-certificates | libc6-dev | libbpf-dev | linux-libc-dev) ;;
 	*) echo "$1" ;;

@@ -39,6 +39,13 @@ mkdir "$rootfs"
 chmod 0755 "$rootfs"
 "$root/scripts/build.sh" "$rootfs/pillion"
 chmod 0755 "$rootfs/pillion"
+# Kubernetes gives a container that is not root its capabilities only through the file: permitted, not in effect, so that
+# it can be executed without them too. The sidecar takes it into effect by itself.
+if is_root && have setcap; then
+	setcap cap_net_raw+p "$rootfs/pillion"
+else
+	warn "not root, or no setcap (libcap2-bin): in Kubernetes, where the sidecar is not root, this image serves the backend redirect alone"
+fi
 
 sbom=${SBOM:-$root/bin/pillion-$GOARCH.cdx.json}
 mkdir -p "$(dirname "$sbom")"

@@ -25,6 +25,8 @@ func verbs(e *env) []*cobra.Command {
 		newCheckCommand(e),
 		newConfirmCommand(e),
 		newCleanCommand(e),
+		newInjectCommand(e),
+		newUninjectCommand(e),
 		newVersionCommand(e),
 		newProbeCommand(e),
 		newGuardCommand(e),

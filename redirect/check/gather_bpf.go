@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -17,6 +16,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"github.com/pillionproxy/pillion/bpf"
+	capture "github.com/pillionproxy/pillion/redirect/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,12 +40,9 @@ func gatherBPF(f Facts) BPF {
 	return b
 }
 
-// trySyscall asks bpf(2) for a command that does not exist: EINVAL is the answer of a kernel that lets us in.
+// trySyscall asks whether bpf(2) lets us in.
 func trySyscall(f Facts) Answer {
-	const noSuchCommand = 0x7fff
-	var attr [16]byte
-	_, _, errno := unix.Syscall(unix.SYS_BPF, noSuchCommand, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	switch {
+	switch errno := capture.AskBPF(); {
 	case errno == unix.EINVAL:
 		return Answer{State: OK, Detail: "allowed"}
 	case errno == unix.ENOSYS:

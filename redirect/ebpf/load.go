@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -71,13 +72,12 @@ func (l loader) load(read func() (*ebpf.CollectionSpec, error)) (*ebpf.Collectio
 
 // mayReadKernel reports whether programs of this process may read kernel memory.
 func mayReadKernel() bool {
-	have := cap.GetProc()
-	for _, c := range []cap.Value{cap.PERFMON, cap.SYS_ADMIN} {
-		if ok, err := have.GetFlag(cap.Effective, c); err == nil && ok {
-			return true
-		}
-	}
-	return false
+	return holds(cap.PERFMON) || holds(cap.SYS_ADMIN)
+}
+
+func holds(c cap.Value) bool {
+	ok, err := cap.GetProc().GetFlag(cap.Effective, c)
+	return err == nil && ok
 }
 
 func settings(p config.Capture, s selector, without bpf.CaptureCure) bpf.CaptureSettings {
@@ -106,6 +106,9 @@ func loadFault(err, raised error) error {
 	switch {
 	case errors.As(err, &refused):
 		f.Hint = "this kernel's verifier refuses the object; Linux 5.10 or newer is needed"
+	case errors.Is(err, unix.EPERM) && errors.Is(AskBPF(), unix.EPERM) && hasBPF():
+		f.Exit = config.ExitNoPerm
+		f.Hint = "CAP_BPF is held, and bpf(2) is forbidden all the same, by a seccomp profile or a security module. In a pod: seccompProfile type Unconfined for this init container (`pillion inject --init-seccomp Unconfined`); containerd 1.7, CRI-O 1.27 and newer allow it with CAP_BPF by themselves"
 	case raised != nil && errors.Is(err, unix.EPERM):
 		f.Exit = config.ExitNoPerm
 		f.Hint = fmt.Sprintf("the limit of locked memory (RLIMIT_MEMLOCK, %s here) is too low: before Linux 5.11 it counts all BPF of this user id on the machine. Add CAP_SYS_RESOURCE, with which pillion lifts it for itself, or raise it to some MiB (ulimit -l, LimitMEMLOCK=)", memlock())
@@ -117,6 +120,16 @@ func loadFault(err, raised error) error {
 	}
 	return f
 }
+
+// AskBPF asks bpf(2) for a command that does not exist: EINVAL is the answer of a kernel that lets us in.
+func AskBPF() error {
+	const noSuchCommand = 0x7fff
+	var attr [16]byte
+	_, _, errno := unix.Syscall(unix.SYS_BPF, noSuchCommand, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	return errno
+}
+
+func hasBPF() bool { return holds(cap.BPF) || holds(cap.SYS_ADMIN) }
 
 // memlock is the limit of locked memory, for people.
 func memlock() string {

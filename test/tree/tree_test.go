@@ -102,7 +102,8 @@ var arrows = map[string][]string{
 	"redirect": {"redirect", "bpf", "config"},
 	"init":     {"init", "redirect", "bpf", "config"},
 	"proxy":    {"proxy", "config"},
-	"cmd":      {"cmd", "init", "redirect", "bpf", "proxy", "config"},
+	"deploy":   {"deploy", "config"},
+	"cmd":      {"cmd", "init", "redirect", "bpf", "proxy", "deploy", "config"},
 	"test":     {"test", "cmd", "init", "redirect", "bpf", "proxy", "config"},
 }
 

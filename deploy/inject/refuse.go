@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inject
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/pillionproxy/pillion/config"
+	"go.yaml.in/yaml/v3"
+)
+
+// meshes are known by what their injectors leave in a pod: containers, and annotations that say "done".
+var meshes = []struct {
+	name        string
+	containers  []string
+	annotations []string
+}{
+	{"Istio", []string{"istio-proxy", "istio-init", "istio-validation"}, []string{"sidecar.istio.io/status"}},
+	{"Linkerd", []string{"linkerd-proxy", "linkerd-init", "linkerd-network-validator"}, []string{"linkerd.io/proxy-version"}},
+	{"Kuma", []string{"kuma-sidecar", "kuma-init", "kuma-validation"}, []string{"kuma.io/sidecar-injected"}},
+	{"Consul", []string{"consul-dataplane", "consul-connect-inject-init", "envoy-sidecar"}, []string{"consul.hashicorp.com/connect-inject-status"}},
+}
+
+// refuse tells everything of a pod with which the capture cannot work.
+func refuse(d *document, t template, s Settings) error {
+	var f faults
+	containers := get(t.spec, "containers")
+	if len(items(containers.value)) == 0 {
+		f.add(d, t.spec, "a pod has containers, written where the pod is: what an anchor or a merge (<<) brings cannot be added to", "a pod without containers")
+		return f.err()
+	}
+	for _, name := range listNames {
+		l := get(t.spec, name)
+		if l.value == nil {
+			continue
+		}
+		switch v := resolved(l.value); {
+		case l.value.Kind == yaml.AliasNode:
+			f.add(d, l.value, "write the list out", "%s is an alias, and cannot be added to", name)
+		case v.Kind == yaml.ScalarNode && v.Tag == "!!null":
+			f.add(d, l.key, "leave the key out", "%s is empty", name)
+		case v.Kind != yaml.SequenceNode:
+			f.add(d, l.value, "kubectl explain pod.spec."+name, "%s is no list", name)
+		}
+	}
+	if n := get(t.spec, "hostNetwork").value; text(n) == "true" {
+		f.add(d, n, "capture single services on the node by their cgroup: deploy/systemd has an example; or annotate the pod with "+AnnotationPrefix+`inject: "false"`,
+			"hostNetwork: the pod has the network namespace of its node, with everything else in it")
+	}
+	for _, n := range []*yaml.Node{get(find(t.spec, "os"), "name").value, get(find(t.spec, "nodeSelector"), "kubernetes.io/os").value} {
+		if text(n) == "windows" {
+			f.add(d, n, "annotate the pod with "+AnnotationPrefix+`inject: "false"`, "the pod runs on Windows; the capture is the Linux kernel's")
+		}
+	}
+	for _, m := range meshes {
+		for _, a := range m.annotations {
+			if key := get(find(t.metadata, "annotations"), a).key; key != nil {
+				f.add(d, key, "two meshes in one pod would capture each other's traffic: take one out", "the pod is in %s already (annotation %s)", m.name, a)
+			}
+		}
+	}
+	uid := s.number("proxy-uid", config.ProxyUID)
+	if n := runAs(t.spec, uid); n != nil {
+		f.add(d, n, "let the app run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the pod runs as the user %d, which is the sidecar's: its connections would not be captured", uid)
+	}
+	for _, name := range []string{"initContainers", "containers"} {
+		for _, c := range items(get(t.spec, name).value) {
+			refuseContainer(&f, d, c, s, uid)
+		}
+	}
+	for _, v := range items(get(t.spec, "volumes").value) {
+		if isOurs(v) {
+			f.add(d, v, "give it another name", "the volume %s is not one that `pillion inject` wrote", text(get(v, "name").value))
+		}
+	}
+	return f.err()
+}
+
+func refuseContainer(f *faults, d *document, c *yaml.Node, s Settings, uid uint32) {
+	name := get(c, "name").value
+	if isOurs(c) {
+		f.add(d, c, "give it another name; if it was written by hand, take it out", "the container %s is not one that `pillion inject` wrote", text(name))
+	}
+	for _, m := range meshes {
+		if slices.Contains(m.containers, text(name)) {
+			f.add(d, name, "two meshes in one pod would capture each other's traffic: take one out", "the pod is in %s already (container %s)", m.name, text(name))
+		}
+	}
+	if n := runAs(c, uid); n != nil {
+		f.add(d, n, "let it run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the container %s runs as the user %d, which is the sidecar's: its connections would not be captured", text(name), uid)
+	}
+	taken := s.ports()
+	for _, p := range items(get(c, "ports").value) {
+		n := get(p, "containerPort").value
+		port, err := strconv.ParseUint(text(n), 10, 16)
+		if flag := taken[uint16(port)]; err == nil && flag != "" && !strings.EqualFold(text(get(p, "protocol").value), "UDP") {
+			f.add(d, n, "move the app's port, or the sidecar's by "+AnnotationPrefix+flag, "the container %s has the port %d, which is the sidecar's (--%s)", text(name), port, flag)
+		}
+	}
+}
+
+// runAs is where something says that it runs as a user.
+func runAs(n *yaml.Node, uid uint32) *yaml.Node {
+	user := get(find(n, "securityContext"), "runAsUser").value
+	if text(user) == strconv.FormatUint(uint64(uid), 10) {
+		return user
+	}
+	return nil
+}
+
+// ports are those of the sidecar, with the flag of each.
+func (s Settings) ports() map[uint16]string {
+	l := config.DefaultShared().Listeners
+	ports := make(map[uint16]string)
+	for flag, port := range map[string]uint16{"outbound-port": l.Outbound, "inbound-port": l.Inbound, "inbound-own-port": l.InboundOwn} {
+		ports[uint16(s.number(flag, uint32(port)))] = flag
+	}
+	if s.Values["admin"] == "" {
+		ports[config.PortAdmin] = "admin"
+	}
+	if port := s.healthPort(); port != 0 {
+		ports[port] = "health"
+	}
+	return ports
+}

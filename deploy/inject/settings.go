@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inject
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pillionproxy/pillion/config"
+	"go.yaml.in/yaml/v3"
+)
+
+// Variant says with what rights the pod's containers of ours run. It is a flag value.
+type Variant string
+
+// The variants.
+const (
+	Privileged        Variant = "privileged"         // the init step as most meshes have it
+	Least             Variant = "least"              // the init step with the capabilities that it needs, one by one
+	UnprivilegedProxy Variant = "unprivileged-proxy" // the backend redirect: a sidecar without any capability
+)
+
+var variants = []Variant{Privileged, Least, UnprivilegedProxy}
+
+// Form says what kind of container the sidecar is. It is a flag value.
+type Form string
+
+// The forms.
+const (
+	Native   Form = "native"   // an init container that keeps running (Kubernetes 1.29): Jobs complete, and it ends last
+	Ordinary Form = "ordinary" // a container beside the app's
+)
+
+var forms = []Form{Native, Ordinary}
+
+// set parses the name of one of a few.
+func set[T ~string](to *T, all []T, s string) error {
+	if !slices.Contains(all, T(s)) {
+		names := make([]string, len(all))
+		for i, a := range all {
+			names[i] = string(a)
+		}
+		return fmt.Errorf("%q is none of %s", s, strings.Join(names, ", "))
+	}
+	*to = T(s)
+	return nil
+}
+
+func (v *Variant) String() string     { return string(*v) }
+func (v *Variant) Set(s string) error { return set(v, variants, s) }
+
+// Type names the value in help texts.
+func (v *Variant) Type() string { return "privileged|least|unprivileged-proxy" }
+
+func (f *Form) String() string     { return string(*f) }
+func (f *Form) Set(s string) error { return set(f, forms, s) }
+
+// Type names the value in help texts.
+func (f *Form) Type() string { return "native|ordinary" }
+
+// Seccomp is a seccomp profile: RuntimeDefault, Unconfined, or one of the node's by its path below the kubelet's folder. It is
+// a flag value.
+type Seccomp string
+
+func (p *Seccomp) String() string { return string(*p) }
+
+func (p *Seccomp) Set(s string) error {
+	if path, ok := strings.CutPrefix(s, localhost); s != "RuntimeDefault" && s != "Unconfined" && (!ok || path == "") {
+		return fmt.Errorf("%q is none of RuntimeDefault, Unconfined, %sPATH", s, localhost)
+	}
+	*p = Seccomp(s)
+	return nil
+}
+
+// localhost begins a profile of the node's.
+const localhost = "Localhost/"
+
+// Type names the value in help texts.
+func (p *Seccomp) Type() string { return "RuntimeDefault|Unconfined|Localhost/PATH" }
+
+func (p Seccomp) node() *yaml.Node {
+	if path, ok := strings.CutPrefix(string(p), localhost); ok {
+		return mapping(pair{"type", str("Localhost")}, pair{"localhostProfile", str(path)})
+	}
+	return mapping(pair{"type", str(string(p))})
+}
+
+// Quantity is an amount of a resource, as Kubernetes writes it; empty: not said. It is a flag value.
+type Quantity string
+
+// quantity is k8s.io/apimachinery's resource.Quantity, without a sign.
+var quantity = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
+
+func (q *Quantity) String() string { return string(*q) }
+
+func (q *Quantity) Set(s string) error {
+	if s != "" && !quantity.MatchString(s) {
+		return fmt.Errorf("%q is no quantity, such as 100m or 64Mi", s)
+	}
+	*q = Quantity(s)
+	return nil
+}
+
+// Type names the value in help texts.
+func (q *Quantity) Type() string { return "quantity" }
+
+// Setting is a flag of `pillion init` or `pillion proxy`.
+type Setting struct {
+	Init, Proxy bool               // whose it is
+	Check       func(string) error // parses a value
+}
+
+// Settings say what is written. An annotation of the pod, AnnotationPrefix and a name, has the last word on each.
+type Settings struct {
+	Image         string // of the sidecar
+	InitImage     string // of the init container; empty: Image, with "-iptables" behind it for UnprivilegedProxy
+	Variant       Variant
+	Sidecar       Form
+	InitSeccomp   Seccomp // of the init container, but for Privileged
+	CPURequest    Quantity
+	CPULimit      Quantity
+	MemoryRequest Quantity
+	MemoryLimit   Quantity
+
+	Known  map[string]Setting // what init and proxy may be told, by the names of their flags
+	Values map[string]string  // what they are told
+}
+
+// Default is what `pillion inject` writes without being told otherwise.
+func Default() Settings {
+	return Settings{Variant: Privileged, Sidecar: Native, InitSeccomp: "RuntimeDefault", CPURequest: "10m", MemoryRequest: "40Mi", Known: map[string]Setting{}, Values: map[string]string{}}
+}
+
+// AnnotationPrefix begins the annotations that are read from a pod.
+const AnnotationPrefix = "pillion.dev/"
+
+// own are the settings that are neither init's nor proxy's.
+func (s *Settings) own() map[string]func(string) error {
+	image := func(to *string) func(string) error {
+		return func(v string) error {
+			if v == "" || strings.ContainsAny(v, " \t\n") {
+				return fmt.Errorf("%q is no image", v)
+			}
+			*to = v
+			return nil
+		}
+	}
+	return map[string]func(string) error{
+		"image": image(&s.Image), "init-image": image(&s.InitImage), "variant": s.Variant.Set, "sidecar": s.Sidecar.Set, "init-seccomp": s.InitSeccomp.Set,
+		"cpu-request": s.CPURequest.Set, "cpu-limit": s.CPULimit.Set, "memory-request": s.MemoryRequest.Set, "memory-limit": s.MemoryLimit.Set,
+	}
+}
+
+// of are the settings for one pod; wanted is false where an annotation says that it wants none of it.
+func (s Settings) of(d *document, t template) (its Settings, wanted bool, err error) {
+	s.Values = maps.Clone(s.Values)
+	own := s.own()
+	wanted = true
+	var f faults
+	annotations := find(t.metadata, "annotations")
+	if annotations == nil || annotations.Kind != yaml.MappingNode {
+		return s, wanted, nil
+	}
+	for i := 0; i+1 < len(annotations.Content); i += 2 {
+		key, value := annotations.Content[i], resolved(annotations.Content[i+1])
+		name, ours := strings.CutPrefix(key.Value, AnnotationPrefix)
+		if !ours {
+			continue
+		}
+		known, ok := s.Known[name]
+		check := known.Check
+		switch {
+		case name == "inject":
+			switch value.Value {
+			case "true", "enabled":
+			case "false", "disabled":
+				wanted = false
+			default:
+				f.add(d, value, "write true or false, in quotes", "annotation %s: %q", key.Value, value.Value)
+			}
+			continue
+		case own[name] != nil:
+			check = own[name]
+		case !ok:
+			f.add(d, key, "there are: "+strings.Join(s.names(own), ", "), "annotation %s: %v", key.Value, errUnknown)
+			continue
+		}
+		if value.Kind != yaml.ScalarNode || value.Tag != "!!str" {
+			f.add(d, value, "put it in quotes", "annotation %s: must be a string", key.Value)
+			continue
+		}
+		if err := check(value.Value); err != nil {
+			f.add(d, value, "", "annotation %s: %v", key.Value, err)
+			continue
+		}
+		if own[name] == nil {
+			s.Values[name] = value.Value
+		}
+	}
+	return s, wanted, f.err()
+}
+
+func (s Settings) names(own map[string]func(string) error) []string {
+	names := append(slices.Collect(maps.Keys(own)), "inject")
+	return slices.Sorted(slices.Values(append(names, slices.Collect(maps.Keys(s.Known))...)))
+}
+
+// args are what init or proxy is told.
+func (s Settings) args(verb string, its func(Setting) bool, more map[string]string) *yaml.Node {
+	values := maps.Clone(more)
+	for name, v := range s.Values {
+		if its(s.Known[name]) {
+			values[name] = v
+		}
+	}
+	list := []*yaml.Node{str(verb)}
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		list = append(list, str("--"+name+"="+values[name]))
+	}
+	return sequence(list...)
+}
+
+// number is a setting that is a number, or its default.
+func (s Settings) number(name string, otherwise uint32) uint32 {
+	var n uint32
+	if _, err := fmt.Sscan(s.Values[name], &n); err != nil {
+		return otherwise
+	}
+	return n
+}
+
+// healthPort is where the sidecar answers probes; 0: nowhere.
+func (s Settings) healthPort() uint16 {
+	switch v := s.Values["health"]; v {
+	case "":
+		return config.PortHealth
+	case "none":
+		return 0
+	default:
+		a, _ := netip.ParseAddrPort(v) // it was checked
+		return a.Port()
+	}
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pod
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+// Images of these tests. No registry has them.
+const (
+	pillionImage = "localhost/pillion-test:plain"
+	webImage     = "localhost/pillion-test-web"
+	shellImage   = "localhost/pillion-test-shell"
+)
+
+// buildImages fills the store: Pillion's own images by `make image`, and two of programs that others wrote.
+func (s *store) buildImages(tree string) error {
+	build := exec.Command(filepath.Join(tree, "scripts/image.sh"))
+	build.Env = append(s.environ("networks"), "IMAGE="+pillionImage, "SBOM="+filepath.Join(s.dir, "sbom.json"))
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
+	}
+	for _, image := range []struct {
+		name     string
+		programs []string
+	}{
+		{webImage, []string{"/usr/sbin/nginx"}},
+		{shellImage, []string{"/bin/busybox", "/usr/bin/curl"}},
+	} {
+		if err := s.buildOf(image.name, image.programs); err != nil {
+			return fmt.Errorf("image %s: %w", image.name, err)
+		}
+	}
+	return nil
+}
+
+// buildOf builds an image of programs of this host and the libraries that they load.
+func (s *store) buildOf(image string, programs []string) error {
+	context, err := os.MkdirTemp(s.dir, "context-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(context)
+	rootfs := filepath.Join(context, "rootfs")
+	for _, dir := range []string{"etc", "srv", "tmp", "var/log/nginx", "var/lib/nginx"} {
+		if err := os.MkdirAll(filepath.Join(rootfs, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for name, content := range map[string]string{
+		"rootfs/etc/passwd":     "root:x:0:0:root:/:/bin/busybox\nnobody:x:65534:65534::/:\n",
+		"rootfs/etc/group":      "root:x:0:\nnogroup:x:65534:\n",
+		"rootfs/etc/nginx.conf": nginxConf,
+		"Dockerfile":            "FROM scratch\nCOPY rootfs/ /\n",
+	} {
+		if err := os.WriteFile(filepath.Join(context, name), []byte(content), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(filepath.Join(rootfs, "srv/million"), make([]byte, 1_000_000), 0o644); err != nil {
+		return err
+	}
+	if err := os.Chmod(filepath.Join(rootfs, "tmp"), 0o1777); err != nil {
+		return err
+	}
+	for _, program := range programs {
+		libraries, _ := exec.Command("ldd", program).Output() // it fails for a static program, which loads none
+		for _, file := range append(regexp.MustCompile(`/\S+`).FindAllString(string(libraries), -1), program) {
+			if err := copyFile(file, filepath.Join(rootfs, file)); err != nil {
+				return err
+			}
+		}
+	}
+	_, err = s.podman("build", "--quiet", "--timestamp=0", "--tag="+image, context)
+	return err
+}
+
+func copyFile(from, to string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
+}
+
+// podman runs podman outside of any node.
+func (s *store) podman(args ...string) (string, error) {
+	cmd := exec.Command("podman", args...)
+	cmd.Env = s.environ("networks")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("podman %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out), nil
+}
+
+// nginxConf is that of the web image: it tells each client whom it sees, and who it is.
+const nginxConf = `pid /tmp/nginx.pid;
+error_log stderr;
+events {}
+http {
+	access_log off;
+	client_body_temp_path /tmp/body;
+	proxy_temp_path /tmp/proxy;
+	fastcgi_temp_path /tmp/fastcgi;
+	uwsgi_temp_path /tmp/uwsgi;
+	scgi_temp_path /tmp/scgi;
+	server {
+		listen 80;
+		listen [::]:80;
+		location / { return 200 "$remote_addr came to $server_addr\n"; }
+		location /trickle { limit_rate 1k; alias /srv/million; }
+		location /million { limit_rate 200k; alias /srv/million; }
+	}
+}
+`
