@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak bench lint fmt generate image deps clean
+.PHONY: help build demo demo-pods test soak bench lint fmt generate image deps clean
 
 # sudo hides the usual place of Go.
 export PATH := $(PATH):/usr/local/go/bin
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## bin/pillion, one static binary
 	@scripts/deps.sh build
@@ -15,6 +15,9 @@ build: ## bin/pillion, one static binary
 
 demo: ## watch it work: curl and nginx, a sidecar beside each, every address true (root)
 	@scripts/demo.sh
+
+demo-pods: ## the same in real pods, by podman: inject, play, talk (root)
+	@scripts/demo-pods.sh
 
 test: ## vet and all tests, with the race detector; those that need the kernel want root
 	@scripts/test.sh

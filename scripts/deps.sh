@@ -15,11 +15,12 @@ packages_of() {
 			redis-server redis-tools postgresql postgresql-client openssh-server openssh-client \
 			podman runc conmon netavark catatonit busybox-static libcap2-bin
 		;;
+	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
 	bench) echo ca-certificates iproute2 iptables ;;
 	lint) echo ca-certificates shellcheck git ;;
 	generate) echo ca-certificates clang-14 llvm-14 libbpf-dev linux-libc-dev ;;
 	ci) echo make git ;;
-	*) fail "deps.sh: no list for \"$1\"; there are: build demo test bench lint generate image ci" ;;
+	*) fail "deps.sh: no list for \"$1\"; there are: build demo demo-pods test bench lint generate image ci" ;;
 	esac
 }
 

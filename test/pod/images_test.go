@@ -52,10 +52,14 @@ func (s *store) buildOf(image string, programs []string) error {
 			return err
 		}
 	}
+	nginxConf, err := os.ReadFile("testdata/nginx.conf")
+	if err != nil {
+		return err
+	}
 	for name, content := range map[string]string{
 		"rootfs/etc/passwd":     "root:x:0:0:root:/:/bin/busybox\nnobody:x:65534:65534::/:\n",
 		"rootfs/etc/group":      "root:x:0:\nnogroup:x:65534:\n",
-		"rootfs/etc/nginx.conf": nginxConf,
+		"rootfs/etc/nginx.conf": string(nginxConf),
 		"Dockerfile":            "FROM scratch\nCOPY rootfs/ /\n",
 	} {
 		if err := os.WriteFile(filepath.Join(context, name), []byte(content), 0o644); err != nil {
@@ -101,24 +105,3 @@ func (s *store) podman(args ...string) (string, error) {
 	}
 	return string(out), nil
 }
-
-// nginxConf is that of the web image: it tells each client whom it sees, and who it is.
-const nginxConf = `pid /tmp/nginx.pid;
-error_log stderr;
-events {}
-http {
-	access_log off;
-	client_body_temp_path /tmp/body;
-	proxy_temp_path /tmp/proxy;
-	fastcgi_temp_path /tmp/fastcgi;
-	uwsgi_temp_path /tmp/uwsgi;
-	scgi_temp_path /tmp/scgi;
-	server {
-		listen 80;
-		listen [::]:80;
-		location / { return 200 "$remote_addr came to $server_addr\n"; }
-		location /trickle { limit_rate 1k; alias /srv/million; }
-		location /million { limit_rate 200k; alias /srv/million; }
-	}
-}
-`

@@ -41,30 +41,17 @@ func newStore() (*store, error) {
 	return s, s.configure("networks")
 }
 
-// configuration of podman. The limits are those of a machine without CAP_SYS_RESOURCE, where podman may not raise them as it
-// likes to. Networks are a node's own: podman wants no two with the same addresses.
-const configuration = `[containers]
-default_ulimits = ["nofile=16384:16384", "nproc=16384:16384"]
-pids_limit = 0
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-runtime = "runc"
-tmp_dir = "DIR/tmp"
-static_dir = "DIR/graph/libpod"
-volume_path = "DIR/graph/volumes"
-[network]
-network_backend = "netavark"
-network_config_dir = "DIR/NETWORKS"
-`
-
 // configure writes a configuration with networks of its own, by the name of their folder.
 func (s *store) configure(networks string) error {
 	if err := os.MkdirAll(filepath.Join(s.dir, networks), 0o755); err != nil {
 		return err
 	}
-	text := strings.NewReplacer("DIR", s.dir, "NETWORKS", networks).Replace(configuration)
-	return os.WriteFile(filepath.Join(s.dir, networks+".conf"), []byte(text), 0o644)
+	text, err := os.ReadFile("testdata/containers.conf")
+	if err != nil {
+		return err
+	}
+	text = []byte(strings.NewReplacer("DIR", s.dir, "NETWORKS", networks).Replace(string(text)))
+	return os.WriteFile(filepath.Join(s.dir, networks+".conf"), text, 0o644)
 }
 
 // parents are the cgroups in which podman puts pods and its monitors, in every hierarchy of either version.
