@@ -5,6 +5,7 @@ package inject
 import (
 	"bytes"
 	"errors"
+	"os"
 	"strings"
 	"testing"
 
@@ -179,6 +180,21 @@ func TestVariants(t *testing.T) {
 			}
 			golden.Assert(t, string(injected), strings.ReplaceAll(manner, ", ", "-")+"-"+f.Name)
 		}
+	}
+}
+
+// TestExamples: deploy/pod shows each variant.
+func TestExamples(t *testing.T) {
+	shop, err := os.ReadFile("../pod/shop.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range variants {
+		injected, err := Inject("shop.yaml", shop, settings(func(s *Settings) { s.Variant = v }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		golden.Assert(t, string(injected), "../../pod/shop-"+string(v)+".yaml")
 	}
 }
 
