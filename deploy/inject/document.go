@@ -209,8 +209,6 @@ func items(n *yaml.Node) []*yaml.Node {
 	return list
 }
 
-var errNoKind = errors.New("no kind")
-
 // template is a pod or the template of pods.
 type template struct {
 	node     *yaml.Node // has metadata and spec
@@ -240,7 +238,7 @@ func (d *document) templates(object *yaml.Node) ([]template, error) {
 	d.seen[object] = true
 	kind := text(get(object, "kind").value)
 	if kind == "" {
-		return nil, d.at(object, "a Kubernetes object begins with apiVersion and kind", "%v", errNoKind)
+		return nil, d.at(object, "a Kubernetes object begins with apiVersion and kind", "no kind")
 	}
 	if kind == "List" || strings.HasSuffix(kind, "List") && get(object, "items").value != nil {
 		var all []template

@@ -206,8 +206,6 @@ func allOurs(sequence *yaml.Node) bool {
 	return len(sequence.Content) > 0 && !slices.ContainsFunc(sequence.Content, func(n *yaml.Node) bool { return !isOurs(n) })
 }
 
-var errUnknown = errors.New("unknown")
-
 // faults collects the errors of one template.
 type faults struct{ list []error }
 

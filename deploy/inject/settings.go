@@ -186,7 +186,7 @@ func (s Settings) of(d *document, t template) (its Settings, wanted bool, err er
 		case own[name] != nil:
 			check = own[name]
 		case !ok:
-			f.add(d, key, "there are: "+strings.Join(s.names(own), ", "), "annotation %s: %v", key.Value, errUnknown)
+			f.add(d, key, "there are: "+strings.Join(s.names(own), ", "), "annotation %s: unknown", key.Value)
 			continue
 		}
 		if value.Kind != yaml.ScalarNode || value.Tag != "!!str" {

@@ -96,6 +96,7 @@ func (p *pod) script(ts *testscript.TestScript, user string, env, args []string)
 	cmd := p.pillion(args...)
 	switch user {
 	case "root":
+		cmd.Dir = ts.MkAbs(".") // which nobody else may enter
 	case "init":
 		cmd.User = initUser()
 	case "proxy":
