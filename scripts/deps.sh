@@ -16,11 +16,12 @@ packages_of() {
 			podman runc conmon netavark catatonit busybox-static libcap2-bin
 		;;
 	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
+	vm) echo ca-certificates qemu-system-x86 debian-archive-keyring iproute2 iptables util-linux curl busybox-static ;;
 	bench) echo ca-certificates iproute2 iptables ;;
 	lint) echo ca-certificates shellcheck git ;;
 	generate) echo ca-certificates clang-14 llvm-14 libbpf-dev linux-libc-dev ;;
 	ci) echo make git ;;
-	*) fail "deps.sh: no list for \"$1\"; there are: build demo demo-pods test bench lint generate image ci" ;;
+	*) fail "deps.sh: no list for \"$1\"; there are: build demo demo-pods test vm bench lint generate image ci" ;;
 	esac
 }
 
@@ -35,11 +36,12 @@ program_of() {
 	postgresql) echo postgres ;;
 	openssh-server) echo sshd ;;
 	openssh-client) echo ssh ;;
+	qemu-system-x86) echo qemu-system-x86_64 ;;
 	busybox-static) echo busybox ;;
 	netavark) echo /usr/lib/podman/netavark ;;
 	libcap2-bin) echo setcap ;;
 	llvm-14) echo llvm-strip-14 ;;
-	ca-certificates | libc6-dev | libbpf-dev | linux-libc-dev) ;;
+	ca-certificates | debian-archive-keyring | libc6-dev | libbpf-dev | linux-libc-dev) ;;
 	*) echo "$1" ;;
 	esac
 }

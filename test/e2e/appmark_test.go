@@ -22,6 +22,9 @@ func TestAppsOwnMarkDecidesTheRoute(t *testing.T) {
 	t.Parallel()
 	for _, where := range placements {
 		t.Run(string(where), func(t *testing.T) {
+			if where == inside {
+				testnet.Need(t, testnet.RawMark)
+			}
 			p := newPod(t)
 			p.addNIC()
 			p.markRoute(appMark, 500)

@@ -56,6 +56,9 @@ func TestWaysToConnect(t *testing.T) {
 			{"with a mark", own, testnet.Dial{Mark: 5}},
 		} {
 			t.Run(strings.TrimPrefix(w.name, "out/")+"/"+tt.name, func(t *testing.T) {
+				if tt.dial.MPTCP {
+					testnet.Need(t, testnet.MPTCP)
+				}
 				w := w
 				w.from = netip.MustParseAddr(tt.from)
 				saw := make(chan seen, 1)

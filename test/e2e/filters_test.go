@@ -68,6 +68,9 @@ func TestFilterWaysToConnect(t *testing.T) {
 					if b.redirects() && tt.dial.Device != "" {
 						t.Skip("a socket bound to a device cannot reach a listener on loopback: a limit of REDIRECT, see README.md")
 					}
+					if tt.dial.MPTCP {
+						testnet.Need(t, testnet.MPTCP)
+					}
 					w := w
 					w.from = netip.MustParseAddr(tt.from)
 					w.dial = func(to netip.AddrPort) (*testnet.Conn, error) {

@@ -81,6 +81,7 @@ func TestWhoseListenerIsIt(t *testing.T) {
 			p.captured(t, w)
 		})
 		t.Run(w.name+"/MPTCP, with an MPTCP client", func(t *testing.T) {
+			testnet.Need(t, testnet.MPTCP)
 			w := w.by(p.ext.Agent(nil), testnet.Dial{MPTCP: true})
 			w.serve = p.listeningAs(testnet.Listening{MPTCP: true})
 			p.captured(t, w)
@@ -155,6 +156,7 @@ func TestListenersOlderThanTheCapture(t *testing.T) {
 		}
 	})
 	t.Run("an MPTCP listener", func(t *testing.T) {
+		testnet.Need(t, testnet.MPTCP)
 		t.Parallel()
 		p := newPod(t)
 		ln, err := p.app.ListenAs(testnet.Listening{Network: "tcp", Addr: "[::]:0", MPTCP: true, Keep: true})

@@ -284,6 +284,7 @@ func TestClosedPort(t *testing.T) {
 func TestBlackHole(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
+	p.ext.Blackhole(nobody4+"/32", nobody6+"/128")
 	p.init()
 	p.startProxy(inside, "--connect-timeout", "300ms")
 	for _, d := range []testnet.Dial{{To: nobody4 + ":80"}, {To: "[" + nobody6 + "]:80"}, {To: nobody4 + ":80", Mapped: true}} {

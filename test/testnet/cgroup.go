@@ -52,6 +52,11 @@ func (cg *Cgroup) Child(label string) *Cgroup {
 	return child
 }
 
+// Existing is a cgroup below this one that somebody else has made.
+func (cg *Cgroup) Existing(name string) *Cgroup {
+	return &Cgroup{Path: filepath.Join(cg.Path, name), t: cg.t}
+}
+
 // Procs lists the processes in the cgroup itself, not those below it.
 func (cg *Cgroup) Procs() []int { return procs(cg.Path) }
 

@@ -241,6 +241,21 @@ func (ns *Namespace) DefaultRoute(gateways ...string) {
 	}
 }
 
+// Blackhole makes the namespace drop what it is asked to forward to the given prefixes, without a word. Without it kernels
+// differ: some tell the sender that there is no route, though they forward nothing.
+func (ns *Namespace) Blackhole(cidrs ...string) {
+	ns.t.Helper()
+	for _, cidr := range cidrs {
+		dst, err := netlink.ParseIPNet(cidr)
+		if err == nil {
+			err = ns.nl.RouteAdd(&netlink.Route{Dst: dst, Type: unix.RTN_BLACKHOLE})
+		}
+		if err != nil {
+			ns.t.Fatalf("testnet: black hole %s in %s: %v", cidr, ns.Name, err)
+		}
+	}
+}
+
 // DeprecatedAddr gives a device IPv6 addresses that the kernel does not choose by itself as the source of a connection.
 func (ns *Namespace) DeprecatedAddr(device string, cidrs ...string) {
 	ns.t.Helper()

@@ -22,9 +22,20 @@ import (
 const (
 	prefix   = "plt-"
 	netnsDir = "/run/netns" // where `ip netns` and `--netns NAME` look
-	// patience bounds every wait for a condition. It is no measure of anything: a wait that ends there has failed.
-	patience = 60 * time.Second
+	// slownessEnv says how many times slower than a computer of today this one is.
+	slownessEnv = "PILLION_TEST_SLOWNESS"
 )
+
+// patience bounds every wait for a condition. It is no measure of anything: a wait that ends there has failed.
+var patience = 60 * time.Second * slowness()
+
+func slowness() time.Duration {
+	n, err := strconv.Atoi(os.Getenv(slownessEnv))
+	if err != nil || n < 1 {
+		return 1
+	}
+	return time.Duration(n)
+}
 
 // Net is what one test has made. It is not for use by several goroutines at once, but what it hands out is.
 type Net struct {
@@ -78,6 +89,14 @@ func NeedProgram(t testing.TB, name, pkg string) string {
 	}
 	missing(t, "this test needs the program %s: apt-get install %s", name, pkg)
 	return ""
+}
+
+// Heavy skips, under -short, a test that takes long and asks of the kernel nothing that a shorter one does not.
+func Heavy(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("heavy: -short leaves it out")
+	}
 }
 
 func missing(t testing.TB, format string, args ...any) {

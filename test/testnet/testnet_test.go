@@ -106,6 +106,9 @@ func TestTrafficCrossesTheLink(t *testing.T) {
 		{To: "10.99.0.1:80", Device: "eth0", Mark: 1},
 	} {
 		t.Run(fmt.Sprintf("%+v", d), func(t *testing.T) {
+			if d.MPTCP {
+				Need(t, MPTCP)
+			}
 			c, err := app.Dial(d)
 			if err != nil {
 				t.Fatal(err)
