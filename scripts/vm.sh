@@ -15,7 +15,7 @@ if [[ $# -eq 0 ]]; then
 	PILLION_VM_BOOT=1 go test -count=1 -run TestBadDays ./test/vm
 fi
 # Of test/e2e what kernels decide: all of it would take an hour on an emulated processor. -full and -run choose otherwise.
-kernels_decide='^Test(AddressesAreTrueAtAllFourEnds|WaysToConnect|ProxyDown|Selection|SourcePortUsedAgain|SYNCookies|CleanRestores|KilledProxyIsSeenAsAReset|AutoBackend|FilterAddresses|FilterCarriesAll)$'
+kernels_decide='^Test(AddressesAreTrueAtAllFourEnds|WaysToConnect|ProxyDown|Selection|SourcePortUsedAgain|SYNCookies|CleanRestores|KilledProxyIsSeenAsAReset|FilterAddresses|FilterCarriesAll)$'
 if [[ $# -gt 0 ]]; then
 	go run ./test/vm "$@"
 else
