@@ -224,14 +224,14 @@ func (p *pod) client(w path, world *testnet.Agent) *testnet.Agent {
 type connecting struct {
 	w    path
 	args connectsArgs
-	done chan error // receives what it returned, should it return
+	done chan string // receives what it returned, should it return
 }
 
 func (w path) connecting(by *testnet.Agent, a connectsArgs) connecting {
-	c := connecting{w, a, make(chan error, 1)}
+	c := connecting{w, a, make(chan string, 1)}
 	go func() {
 		r, err := connectsOp.Call(by, a)
-		c.done <- fmt.Errorf("%+v, %w", r, err)
+		c.done <- fmt.Sprintf("%+v, %v", r, err)
 	}()
 	return c
 }
@@ -239,30 +239,44 @@ func (w path) connecting(by *testnet.Agent, a connectsArgs) connecting {
 // wantHang waits until each of them has sent a SYN and repeated it three times.
 func wantHang(t *testing.T, all ...connecting) {
 	t.Helper()
-	seen := map[int]bool{}
+	for _, how := range hangOrEnd(t, all...) {
+		t.Errorf("no hang: %s", how)
+	}
+}
+
+// hangOrEnd waits until each of them has either repeated its SYN three times, or ended: it returns how those did.
+func hangOrEnd(t *testing.T, all ...connecting) (ended []string) {
+	t.Helper()
+	settled := map[int]bool{}
 	testnet.Wait(t, "SYNs are repeated, and again, and again", func() bool {
 		sockets := map[*testnet.Namespace][]testnet.Socket{}
 		for i, c := range all {
+			if settled[i] {
+				continue
+			}
 			select {
-			case err := <-c.done:
-				t.Fatalf("%s: no hang: %v", c.w.name, err)
+			case how := <-c.done:
+				settled[i] = true
+				ended = append(ended, c.w.name+": "+how)
+				continue
 			default:
 			}
 			if _, ok := sockets[c.w.clientNS]; !ok {
 				sockets[c.w.clientNS] = c.w.clientNS.Sockets()
 			}
 			for _, s := range sockets[c.w.clientNS] {
-				if !seen[i] && s.State == testnet.SynSent && unmap(s.Remote) == c.args.To && s.Retransmits >= 3 {
-					seen[i] = true
+				if s.State == testnet.SynSent && unmap(s.Remote) == c.args.To && s.Retransmits >= 3 {
+					settled[i] = true
 					t.Logf("%s: the connect from %s hangs", c.w.name, s.Local)
 				}
 			}
 		}
-		if len(seen) < len(all) {
+		if len(settled) < len(all) {
 			time.Sleep(50 * time.Millisecond)
 		}
-		return len(seen) == len(all)
+		return len(settled) == len(all)
 	})
+	return ended
 }
 
 // counters reads the verdicts that the capture has counted.
