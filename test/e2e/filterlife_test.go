@@ -416,7 +416,7 @@ func TestAutoBackend(t *testing.T) {
 	})
 	t.Run("not the host unasked", func(t *testing.T) {
 		t.Parallel()
-		cmd := testnet.New(t).Command(pillionPath, "init", "--dry-run") // in the namespace of the host and its first process
+		cmd := testnet.New(t).Command(pillionPath, "init", "--dry-run")                                      // in the namespace of the host and its first process
 		cmd.User = &testnet.User{Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_PTRACE}} // may see where that one is
 		r := run(t, cmd)
 		if r.code == 0 || !strings.Contains(r.stderr, "not done unasked") {
