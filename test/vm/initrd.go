@@ -39,7 +39,7 @@ const (
 
 // bootModules are loaded before the first job, as a node has them once a pod runs. Others are loaded when the kernel or a
 // program asks for them, as on a node.
-var bootModules = []string{"veth", "sch_ingress", "cls_bpf"}
+var bootModules = []string{"veth", "sch_ingress", "cls_bpf", "nf_conntrack"}
 
 // content is what a guest has beside its kernel's modules and its plan. It is the same for every kernel.
 type content struct {
