@@ -15,11 +15,11 @@
 
 builder=
 if have buildah; then
-	builder='buildah build --timestamp 0'
+	builder='buildah build --no-cache --timestamp 0'
 elif have podman; then
-	builder='podman build --timestamp 0'
+	builder='podman build --no-cache --timestamp 0'
 elif have docker && docker info >/dev/null 2>&1; then
-	builder='docker build'
+	builder='docker build --no-cache'
 	export SOURCE_DATE_EPOCH=0
 else
 	fail "no builder of images works here. Install one: apt-get install --no-install-recommends buildah

@@ -3,12 +3,14 @@
 package pod
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"testing"
 )
 
 // Images of these tests. No registry has them.
@@ -20,10 +22,8 @@ const (
 
 // buildImages fills the store: Pillion's own images by `make image`, and two of programs that others wrote.
 func (s *store) buildImages(tree string) error {
-	build := exec.Command(filepath.Join(tree, "scripts/image.sh"))
-	build.Env = append(s.environ("networks"), "IMAGE="+pillionImage, "SBOM="+filepath.Join(s.dir, "sbom.json"))
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
+	if err := s.makeImage(tree, pillionImage); err != nil {
+		return err
 	}
 	for _, image := range []struct {
 		name     string
@@ -35,6 +35,16 @@ func (s *store) buildImages(tree string) error {
 		if err := s.buildOf(image.name, image.programs); err != nil {
 			return fmt.Errorf("image %s: %w", image.name, err)
 		}
+	}
+	return nil
+}
+
+// makeImage is `make image` under another name.
+func (s *store) makeImage(tree, name string) error {
+	make := exec.Command(filepath.Join(tree, "scripts/image.sh"))
+	make.Env = append(s.environ("networks"), "IMAGE="+name, "SBOM="+filepath.Join(s.dir, "sbom.json"))
+	if out, err := make.CombinedOutput(); err != nil {
+		return fmt.Errorf("%v: %w\n%s", make.Args, err, out)
 	}
 	return nil
 }
@@ -104,4 +114,48 @@ func (s *store) podman(args ...string) (string, error) {
 		return "", fmt.Errorf("podman %s: %w\n%s", strings.Join(args, " "), err, out)
 	}
 	return string(out), nil
+}
+
+// TestImage: the same tree gives the same image, small, of a user who is not root, and says what it is.
+func TestImage(t *testing.T) {
+	t.Parallel()
+	newNode(t)
+	const again, most = "localhost/pillion-again:test", 25_000_000
+	if err := pods.makeImage(tree, again); err != nil {
+		t.Fatal(err)
+	}
+	type image struct {
+		Digest string
+		User   string
+		Size   int64
+		Labels map[string]string
+	}
+	inspect := func(name string) (images []image) {
+		t.Helper()
+		out, err := pods.podman("image", "inspect", name)
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &images)
+		}
+		if err != nil || len(images) != 1 || images[0].Digest == "" {
+			t.Fatalf("%s: %v\n%s", name, err, out)
+		}
+		return images
+	}
+	for _, flavour := range []string{"", "-iptables"} {
+		one, two := inspect(pillionImage + flavour)[0], inspect(again + flavour)[0]
+		if one.Digest != two.Digest {
+			t.Errorf("%s: %s, made again it is %s", pillionImage+flavour, one.Digest, two.Digest)
+		}
+		if one.User != "1666:1666" {
+			t.Errorf("%s: user %q", pillionImage+flavour, one.User)
+		}
+		if flavour == "" && one.Size > most {
+			t.Errorf("%s: %d bytes, want at most %d", pillionImage, one.Size, most)
+		}
+		for _, label := range []string{"title", "source", "licenses", "version", "revision"} {
+			if one.Labels["org.opencontainers.image."+label] == "" {
+				t.Errorf("%s: no label %s", pillionImage+flavour, label)
+			}
+		}
+	}
 }

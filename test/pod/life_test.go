@@ -206,3 +206,23 @@ func TestJob(t *testing.T) {
 		t.Errorf("the sidecar ended with %d", i.State.ExitCode)
 	}
 }
+
+// TestTwoContainers: both containers of a pod are captured, whoever their user is and whatever they may do.
+func TestTwoContainers(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	web := n.plain(2, "web")
+	const other = "    - name: other\n" +
+		"      securityContext: {runAsUser: 0, capabilities: {add: [NET_ADMIN, NET_RAW]}}\n"
+	containers, app, found := strings.Cut(n.read("client"), "    - name: app\n")
+	if !found {
+		t.Fatalf("testdata/client.yaml has no container app")
+	}
+	client := n.start(3, "client", n.injectYAML(containers+"    - name: app\n"+app+other+app))
+	for i, container := range []string{"app", "other"} {
+		client.must(client.exec(container, "/usr/bin/curl", "-sS", "--max-time", "20", "http://"+web.ip4))
+		testnet.Wait(t, "the sidecar carries the connection of "+container, func() bool {
+			return strings.Count(client.logs("pillion"), `"direction":"outbound"`) == i+1
+		})
+	}
+}
