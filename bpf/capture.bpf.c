@@ -25,14 +25,14 @@ static __always_inline int note_maker(struct bpf_sock *sk)
 	if (sk->type != SOCK_STREAM)
 		return 1;
 	ids = bpf_get_current_uid_gid();
-	if ((__u32)ids == cfg.proxy_uid)
-		maker.v = MAKER_PROXY;
-	else if (in_excluded_cgroup())
+	if (in_excluded_cgroup())
 		maker.v = MAKER_EXCLUDED;
 	else if (!lets_id_in(SELECT_UID, ids) || !lets_id_in(SELECT_GID, ids >> 32))
 		maker.v = MAKER_APP_UNSELECTED;
 	else
 		maker.v = MAKER_APP;
+	if ((__u32)ids == cfg.proxy_uid)
+		maker.v |= MAKER_PROXYS_USER;
 	bpf_sk_storage_get(&makers, sk, &maker.v, BPF_SK_STORAGE_GET_F_CREATE);
 	return 1;
 }
@@ -230,14 +230,19 @@ static __always_inline void decide(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 
 	if (found)
 		maker = *found; /* 0: made before the capture */
-	if (maker == MAKER_PROXY) {
+	if (maker & MAKER_PROXYS_USER) {
 		/* A dial from the inbound range is one in a client's name, whether or not the proxy may set marks
-		 * (before 5.17 that takes CAP_NET_ADMIN). */
+		 * (before 5.17 that takes CAP_NET_ADMIN). From a port of neither range it is an app's, which happens to run
+		 * as the proxy's user. */
 		__u32 port = ctx->local_port;
-		if (role_of(mark) == ROLE_NONE && port >= cfg.dial_in_first && port <= cfg.dial_in_last)
-			set_mark(ctx, mark, ROLE_DIAL);
-		count(COUNT_OUT_PROXY);
-		return;
+		int to_app = port >= cfg.dial_in_first && port <= cfg.dial_in_last;
+		if (to_app || cfg.trust_user || (port >= cfg.dial_out_first && port <= cfg.dial_out_last)) {
+			if (to_app && role_of(mark) == ROLE_NONE)
+				set_mark(ctx, mark, ROLE_DIAL);
+			count(COUNT_OUT_PROXY);
+			return;
+		}
+		maker &= ~MAKER_PROXYS_USER;
 	}
 	ipv4 = speaks_ipv4(ctx);
 	if (to_own_address(ctx, ipv4) && !without(CURE_OWN_ADDRESS)) {
@@ -441,6 +446,20 @@ static __always_inline struct target find_target(struct __sk_buff *skb, struct p
 	return t;
 }
 
+/* Is it a listener of the app's? */
+static __always_inline int is_apps(struct target *t, __u16 dport)
+{
+	__u32 port = bpf_ntohs(dport), maker = t->maker;
+
+	if (maker & MAKER_PROXYS_USER) {
+		if (cfg.trust_user || port == cfg.port_out || port == cfg.port_in || port == cfg.port_in_own || port == cfg.port_admin ||
+		    port == cfg.port_health)
+			return 0;
+		maker &= ~MAKER_PROXYS_USER;
+	}
+	return maker == MAKER_APP || maker == MAKER_APP_UNSELECTED;
+}
+
 static __always_inline int refuse(struct __sk_buff *skb, struct scratch *s, __u32 l2)
 {
 	if (reply_reset(skb, s, l2))
@@ -514,7 +533,7 @@ static __always_inline int inbound(struct __sk_buff *skb, __u32 l2)
 		}
 		return TC_ACT_UNSPEC;
 	}
-	if (t.maker != MAKER_APP && t.maker != MAKER_APP_UNSELECTED) {
+	if (!is_apps(&t, s->p.dport)) {
 		if (syn)
 			count(COUNT_IN_FOREIGN);
 		return TC_ACT_UNSPEC;

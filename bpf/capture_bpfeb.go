@@ -76,10 +76,10 @@ const (
 type CaptureMaker uint32
 
 const (
-	CaptureMakerMAKER_PROXY          CaptureMaker = 1
-	CaptureMakerMAKER_APP            CaptureMaker = 2
-	CaptureMakerMAKER_APP_UNSELECTED CaptureMaker = 3
-	CaptureMakerMAKER_EXCLUDED       CaptureMaker = 4
+	CaptureMakerMAKER_APP            CaptureMaker = 1
+	CaptureMakerMAKER_APP_UNSELECTED CaptureMaker = 2
+	CaptureMakerMAKER_EXCLUDED       CaptureMaker = 3
+	CaptureMakerMAKER_PROXYS_USER    CaptureMaker = 4
 )
 
 type CaptureSelectFlag uint32
@@ -103,19 +103,24 @@ const (
 )
 
 type CaptureSettings struct {
-	_           structs.HostLayout
-	Shift       uint32
-	ModeOut     CaptureFailureMode
-	ModeIn      CaptureFailureMode
-	ProxyUid    uint32
-	PortOut     uint32
-	PortIn      uint32
-	PortInOwn   uint32
-	DialInFirst uint32
-	DialInLast  uint32
-	Selects     CaptureSelectKind
-	Includes    CaptureSelectKind
-	Without     CaptureCure
+	_            structs.HostLayout
+	Shift        uint32
+	ModeOut      CaptureFailureMode
+	ModeIn       CaptureFailureMode
+	ProxyUid     uint32
+	TrustUser    uint32
+	PortOut      uint32
+	PortIn       uint32
+	PortInOwn    uint32
+	PortAdmin    uint32
+	PortHealth   uint32
+	DialOutFirst uint32
+	DialOutLast  uint32
+	DialInFirst  uint32
+	DialInLast   uint32
+	Selects      CaptureSelectKind
+	Includes     CaptureSelectKind
+	Without      CaptureCure
 }
 
 // Names of all BPF objects in the ELF.

@@ -126,10 +126,15 @@ struct settings {
 	__u32 shift;         /* lowest of the three mark bits */
 	enum failure_mode mode_out;
 	enum failure_mode mode_in;
-	__u32 proxy_uid;     /* sockets that this user makes are the proxy's */
+	__u32 proxy_uid;     /* sockets that this user makes are the proxy's, if their ports are */
+	__u32 trust_user;    /* all of them are, whatever their ports: another's proxy */
 	__u32 port_out;      /* the proxy's listeners, host order, on 127.0.0.1 and ::1 */
 	__u32 port_in;
 	__u32 port_in_own;
+	__u32 port_admin;    /* those at which the proxy itself is asked */
+	__u32 port_health;
+	__u32 dial_out_first; /* source ports of the proxy's dials for the app */
+	__u32 dial_out_last;
 	__u32 dial_in_first; /* source ports of the proxy's dials to the app */
 	__u32 dial_in_last;
 	enum select_kind selects;  /* dimensions of the selection with entries */
@@ -164,10 +169,10 @@ struct {
 
 /* socket -> enum maker. Written where sockets are made, read by sockops and tc; freed with the socket. */
 enum maker {
-	MAKER_PROXY = 1,
-	MAKER_APP = 2,
-	MAKER_APP_UNSELECTED = 3, /* of a user or group that is not selected: its outbound connections are left alone */
-	MAKER_EXCLUDED = 4,       /* in an excluded cgroup: left alone in both directions */
+	MAKER_APP = 1,
+	MAKER_APP_UNSELECTED = 2, /* of a user or group that is not selected: its outbound connections are left alone */
+	MAKER_EXCLUDED = 3,       /* in an excluded cgroup: left alone in both directions */
+	MAKER_PROXYS_USER = 1 << 2, /* beside one of those: the proxy's, if it has a port of the proxy's */
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);

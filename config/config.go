@@ -81,11 +81,12 @@ func (s Shared) problems() (errs []error) {
 // Capture is what the privileged step installs.
 type Capture struct {
 	Shared
-	Cgroup             string      `json:"cgroup"`                // cgroup2 directory; every process in it or below it is captured
-	OnProxyDown        FailureMode `json:"on_proxy_down"`         // outbound
-	OnProxyDownInbound FailureMode `json:"on_proxy_down_inbound"` // inbound
-	ProxyUID           uint32      `json:"proxy_uid"`             // sockets made by this user are the proxy's
-	Selection          Selection   `json:"selection,omitzero"`    // which of the connections
+	Cgroup             string      `json:"cgroup"`                     // cgroup2 directory; every process in it or below it is captured
+	OnProxyDown        FailureMode `json:"on_proxy_down"`              // outbound
+	OnProxyDownInbound FailureMode `json:"on_proxy_down_inbound"`      // inbound
+	ProxyUID           uint32      `json:"proxy_uid"`                  // sockets made by this user are the proxy's, if their ports are
+	TrustProxyUser     bool        `json:"trust_proxy_user,omitempty"` // whatever their ports are: a proxy that is not Pillion's
+	Selection          Selection   `json:"selection,omitzero"`         // which of the connections
 }
 
 // DefaultCapture holds outbound and inbound connections until the proxy is up.

@@ -144,7 +144,11 @@ func (c Capture) Judge(f Flow, own func(netip.Addr) bool) Verdict {
 	case f.Inbound:
 		return c.Selection.Judge(f)
 	case f.UID == c.ProxyUID:
-		return Verdict{Rule: fmt.Sprintf("--proxy-uid %d: the proxy's own connection", c.ProxyUID)}
+		rule := fmt.Sprintf("--proxy-uid %d: the proxy's own connection", c.ProxyUID)
+		if !c.TrustProxyUser {
+			rule += fmt.Sprintf(", from its ports %s or %s; from any other it is an app's", c.DialOutbound, c.DialInbound)
+		}
+		return Verdict{Rule: rule}
 	case addr.IsLoopback(), addr.IsUnspecified(), own(addr):
 		return Verdict{Rule: "an address of this host: such a connection never leaves it"}
 	default:

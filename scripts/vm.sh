@@ -9,17 +9,11 @@
 need_go
 "$root/scripts/deps.sh" vm
 cd "$root"
-start=$SECONDS
-if [[ $# -eq 0 ]]; then
-	say "the harness: what goes wrong in a machine is told"
-	PILLION_VM_BOOT=1 go test -count=1 -run TestBadDays ./test/vm
-fi
-# Of test/e2e what kernels decide: all of it would take an hour on an emulated processor. -full and -run choose otherwise.
-kernels_decide='^Test(AddressesAreTrueAtAllFourEnds|WaysToConnect|ProxyDown|Selection|SourcePortUsedAgain|SYNCookies|CleanRestores|KilledProxyIsSeenAsAReset|FilterAddresses|FilterCarriesAll)$'
 if [[ $# -gt 0 ]]; then
-	go run ./test/vm "$@"
-else
-	go run ./test/vm -suites redirect,redirect/cgroup,redirect/check,redirect/ebpf,redirect/iptables,proxy/listen,proxy/upstream,test/testnet -table README.md
-	go run ./test/vm -suites test/e2e -run "$kernels_decide"
+	exec go run ./test/vm "$@"
 fi
+start=$SECONDS
+say "the harness: what goes wrong in a machine is told"
+PILLION_VM_BOOT=1 go test -count=1 -run TestBadDays ./test/vm
+go run ./test/vm -table README.md
 note "took $((SECONDS - start)) s"

@@ -95,7 +95,8 @@ twice, it changes nothing the second time; run with other flags, it replaces the
 func captureFlags(f *pflag.FlagSet, p *config.Capture) {
 	f.StringVar(&p.Cgroup, "cgroup", "", "cgroup2 directory to capture (default: the pod of this container)")
 	policyFlags(f, p)
-	f.Uint32Var(&p.ProxyUID, "proxy-uid", p.ProxyUID, "user of the proxy inside the cgroup; its sockets are left alone")
+	f.Uint32Var(&p.ProxyUID, "proxy-uid", p.ProxyUID, "user of the proxy inside the cgroup; its connections are left alone")
+	f.BoolVar(&p.TrustProxyUser, "trust-proxy-user", false, "leave every connection of that user alone, whatever its port: for a proxy that is not Pillion's")
 	f.Var((*slotFlag)(&p.Slot), "slot", "which of the captures that may live side by side in a network namespace")
 	sharedFlags(f, &p.Shared)
 	selectionFlags(f, &p.Selection)

@@ -63,7 +63,7 @@ func refuse(d *document, t template, s Settings) error {
 	}
 	uid := s.number("proxy-uid", config.ProxyUID)
 	if n := runAs(t.spec, uid); n != nil {
-		f.add(d, n, "let the app run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the pod runs as the user %d, which is the sidecar's: its connections would not be captured", uid)
+		f.add(d, n, "let the app run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the pod runs as the user %d, which is the sidecar's: it could pass for it", uid)
 	}
 	for _, name := range []string{"initContainers", "containers"} {
 		for _, c := range items(get(t.spec, name).value) {
@@ -89,7 +89,7 @@ func refuseContainer(f *faults, d *document, c *yaml.Node, s Settings, uid uint3
 		}
 	}
 	if n := runAs(c, uid); n != nil {
-		f.add(d, n, "let it run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the container %s runs as the user %d, which is the sidecar's: its connections would not be captured", text(name), uid)
+		f.add(d, n, "let it run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the container %s runs as the user %d, which is the sidecar's: it could pass for it", text(name), uid)
 	}
 	taken := s.ports()
 	for _, p := range items(get(c, "ports").value) {

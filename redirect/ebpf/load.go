@@ -81,19 +81,28 @@ func holds(c cap.Value) bool {
 }
 
 func settings(p config.Capture, s selector, without bpf.CaptureCure) bpf.CaptureSettings {
+	trust := uint32(0)
+	if p.TrustProxyUser {
+		trust = 1
+	}
 	return bpf.CaptureSettings{
-		Shift:       p.Slot.Shift(),
-		ModeOut:     bpf.CaptureFailureMode(p.OnProxyDown),
-		ModeIn:      bpf.CaptureFailureMode(p.OnProxyDownInbound),
-		ProxyUid:    p.ProxyUID,
-		PortOut:     uint32(p.Listeners.Outbound),
-		PortIn:      uint32(p.Listeners.Inbound),
-		PortInOwn:   uint32(p.Listeners.InboundOwn),
-		DialInFirst: uint32(p.DialInbound.First),
-		DialInLast:  uint32(p.DialInbound.Last),
-		Selects:     s.kinds,
-		Includes:    s.includes,
-		Without:     without,
+		TrustUser:    trust,
+		Shift:        p.Slot.Shift(),
+		ModeOut:      bpf.CaptureFailureMode(p.OnProxyDown),
+		ModeIn:       bpf.CaptureFailureMode(p.OnProxyDownInbound),
+		ProxyUid:     p.ProxyUID,
+		PortOut:      uint32(p.Listeners.Outbound),
+		PortIn:       uint32(p.Listeners.Inbound),
+		PortInOwn:    uint32(p.Listeners.InboundOwn),
+		PortAdmin:    uint32(config.PortAdmin),
+		PortHealth:   uint32(config.PortHealth),
+		DialOutFirst: uint32(p.DialOutbound.First),
+		DialOutLast:  uint32(p.DialOutbound.Last),
+		DialInFirst:  uint32(p.DialInbound.First),
+		DialInLast:   uint32(p.DialInbound.Last),
+		Selects:      s.kinds,
+		Includes:     s.includes,
+		Without:      without,
 	}
 }
 

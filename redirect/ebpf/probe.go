@@ -171,7 +171,7 @@ func (p Probe) proxys(ctx context.Context, f redirect.Family, own netip.Addr) re
 		check.Detail = err.Error()
 		return check
 	}
-	captured, err := probe.Trial{Target: target, From: probe.LoopbackOf(f), UID: p.ProxyUID}.Try(ctx)
+	captured, err := probe.Trial{Target: target, From: probe.LoopbackOf(f), Ports: p.DialOutbound, UID: p.ProxyUID}.Try(ctx)
 	return probe.Concluded(check, false, captured, err, "the proxy's own connection")
 }
 

@@ -168,3 +168,13 @@ func proxyPorts(policy config.Capture) string {
 	l := policy.Listeners
 	return fmt.Sprintf("%d,%d,%d,%d,%d", l.Outbound, l.Inbound, l.InboundOwn, config.PortAdmin, config.PortHealth)
 }
+
+// proxys matches what the proxy sends. Its dials are from ports of its own; from another, a connection of its user is an
+// app's that happens to have the same.
+func proxys(policy config.Capture) string {
+	match := fmt.Sprintf("-p tcp -m owner --uid-owner %d", policy.ProxyUID)
+	if !policy.TrustProxyUser {
+		match += fmt.Sprintf(" -m multiport --sports %s,%s", colon(policy.DialOutbound), colon(policy.DialInbound))
+	}
+	return match
+}

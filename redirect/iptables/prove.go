@@ -175,7 +175,7 @@ func (p prover) proxys(ctx context.Context, f redirect.Family) redirect.Check {
 		check.Detail = err.Error()
 		return check
 	}
-	captured, err := probe.Trial{Target: decoy, From: p.own[f], UID: p.policy.ProxyUID, ByHandshake: true}.Try(ctx)
+	captured, err := probe.Trial{Target: decoy, From: p.own[f], Ports: p.policy.DialOutbound, UID: p.policy.ProxyUID, ByHandshake: true}.Try(ctx)
 	return probe.Concluded(check, false, captured, err, "the proxy's own connection")
 }
 

@@ -23,7 +23,7 @@ func redirectNAT(policy config.Capture, tool Tool) redirect.Table {
 	b := newBuilder(tool, "nat")
 
 	b.chain(chainOut)
-	b.rule(fmt.Sprintf("-m owner --uid-owner %d", policy.ProxyUID), "-j RETURN", "the proxy's own connections")
+	b.rule(proxys(policy), "-j RETURN", "the proxy's own connections")
 	b.rule("-m addrtype --dst-type LOCAL", "-j RETURN", "to this host itself")
 	b.selectOutbound(policy.Selection)
 	b.counted("-p tcp", fmt.Sprintf("-j REDIRECT --to-ports %d", policy.Listeners.Outbound), "out_captured", "to the proxy")

@@ -103,7 +103,7 @@ func tproxyMangle(policy config.Capture, tool Tool, tracked bool) redirect.Table
 	b.rule("-p tcp "+notSyn+" "+m.is(config.RoleReply), "-j RETURN", "the proxy's answers to the app")
 	owner := fmt.Sprintf("-m owner --uid-owner %d", policy.ProxyUID)
 	b.rule(fmt.Sprintf("-p tcp %s -m tcp --sport %s", owner, colon(policy.DialInbound)), m.set(config.RoleDial), "the proxy's dials in a client's name")
-	b.rule(owner, "-j RETURN", "the proxy's own connections")
+	b.rule(proxys(policy), "-j RETURN", "the proxy's own connections")
 	if tracked {
 		b.rule(fmt.Sprintf("-p tcp "+notSyn+" -m conntrack --ctdir ORIGINAL -m connmark --mark %#x/%#x", m.slot.Mark(config.RoleOut), m.slot.Mask()),
 			m.set(config.RoleOut), "of a captured connection")

@@ -25,7 +25,7 @@ func TestExplain(t *testing.T) {
 		{"[fd99::1]:443", "captured: nothing excludes it (slot 0, backend ebpf; while no proxy listens: closed)"},
 		{"10.99.0.1:8999", "left alone: --exclude-outbound-ports 8000-8999 (slot 0, backend ebpf)"},
 		{"10.99.0.1:443 --uid 1000", "left alone: --exclude-uids 1000 (slot 0, backend ebpf)"},
-		{"10.99.0.1:443 --uid 1666", "left alone: --proxy-uid 1666: the proxy's own connection (slot 0, backend ebpf)"},
+		{"10.99.0.1:443 --uid 1666", "left alone: --proxy-uid 1666: the proxy's own connection, from its ports 20000-26999 or 27000-32767; from any other it is an app's (slot 0, backend ebpf)"},
 		{"127.0.0.1:443", "left alone: an address of this host: such a connection never leaves it (slot 0, backend ebpf)"},
 		{pod4 + ":443", "left alone: an address of this host: such a connection never leaves it (slot 0, backend ebpf)"},
 		{"10.99.0.1:80 --inbound", "captured: --include-inbound-ports 80 (slot 0, backend ebpf; while no proxy listens: hold)"},

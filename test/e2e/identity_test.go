@@ -47,8 +47,12 @@ func TestAnAppCannotPassForTheProxy(t *testing.T) {
 			}
 			if where == inside {
 				as1666 := p.ns.AgentAs(p.appCG, &testnet.User{UID: 1666, GID: 1666})
-				for _, w := range p.outs() {
-					p.direct(t, w.by(as1666, testnet.Dial{}))
+				for i, w := range p.outs() {
+					p.captured(t, w.by(as1666, testnet.Dial{}))
+					p.direct(t, w.by(as1666, testnet.Dial{From: port(w, pod4, pod6, config.DialOutbound.Last-uint16(i))}))
+				}
+				for _, w := range by(as1666, p.inbound()) {
+					p.captured(t, w)
 				}
 			}
 		})

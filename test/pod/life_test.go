@@ -141,6 +141,7 @@ func TestContainersThatComeLater(t *testing.T) {
 	captured()
 	captured("--privileged")
 	captured("--user=65534", "--cap-drop=all")
+	captured("--user=1666") // the sidecar's
 	again := client.must(client.podman("run", "--rm", "--pod="+client.name, "--privileged", "--user=0", pillionImage, "init"))
 	if !strings.Contains(again, "captured already") {
 		t.Errorf("init, run again in the pod, says\n%s", again)

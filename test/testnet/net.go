@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -48,10 +49,17 @@ var (
 	sweepOnce sync.Once
 )
 
+// Short names the tests that -short does not leave out, of those that ask for a network; nil: all. It is set before the
+// first test, by a suite in which a few tests ask of the kernel whatever the others do.
+var Short []string
+
 // New starts an empty network for the test, after sweeping what dead tests left behind.
 func New(t testing.TB) *Net {
 	t.Helper()
 	NeedRoot(t)
+	if top, _, _ := strings.Cut(t.Name(), "/"); testing.Short() && Short != nil && !slices.Contains(Short, top) {
+		t.Skip("-short leaves it out")
+	}
 	root, err := cgroup2Mount()
 	if err != nil {
 		t.Fatalf("testnet: %v", err)
@@ -89,14 +97,6 @@ func NeedProgram(t testing.TB, name, pkg string) string {
 	}
 	missing(t, "this test needs the program %s: apt-get install %s", name, pkg)
 	return ""
-}
-
-// Heavy skips, under -short, a test that takes long and asks of the kernel nothing that a shorter one does not.
-func Heavy(t testing.TB) {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("heavy: -short leaves it out")
-	}
 }
 
 func missing(t testing.TB, format string, args ...any) {

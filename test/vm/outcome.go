@@ -186,13 +186,18 @@ func report(p *printer, outcomes []*outcome, took time.Duration) (status int) {
 			if j.failed() {
 				p.say("  %s: %s", j.name, j.verdict())
 			}
+			skipped := map[string][]string{} // by reason
 			for _, name := range slices.Sorted(maps.Keys(j.tests.Tests)) {
 				switch j.tests.Tests[name] {
 				case gotest.Fail:
 					p.say("    failed: %s", name)
 				case gotest.Skip:
-					p.say("    skipped: %s %s: %s", j.name, name, j.tests.Reasons[name])
+					why := j.tests.Reasons[name]
+					skipped[why] = append(skipped[why], name)
 				}
+			}
+			for _, why := range slices.Sorted(maps.Keys(skipped)) {
+				p.say("    skipped: %s %s: %s", j.name, few(skipped[why]), why)
 			}
 			for _, name := range j.tests.Unfinished() {
 				p.say("    did not end: %s", name)
@@ -205,6 +210,15 @@ func report(p *printer, outcomes []*outcome, took time.Duration) (status int) {
 	}
 	p.say("took %.0f s", took.Seconds())
 	return status
+}
+
+// few names the first of many.
+func few(names []string) string {
+	const most = 4
+	if rest := len(names) - most; rest > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), rest)
+	}
+	return strings.Join(names, ", ")
 }
 
 // verdict says in words how a kernel did.

@@ -81,10 +81,11 @@ func (c *Counter) Unfinished() (names []string) {
 	return names
 }
 
-// Count is how many tests, subtests not counted, ended with a verdict.
+// Count is how many tests ended with a verdict. Subtests are counted only if they were skipped: the test of which they are
+// part passes all the same.
 func (c *Counter) Count(v Verdict) (n int) {
 	for name, got := range c.Tests {
-		if got == v && Top(name) {
+		if got == v && (v == Skip || Top(name)) {
 			n++
 		}
 	}
