@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"slices"
 	"strconv"
@@ -21,7 +22,8 @@ type document struct {
 	file  string
 	line  int // of its first line in the file, from 0
 	text  []byte
-	lines []int // where each line begins
+	lines []int        // where each line begins
+	ascii map[int]bool // of lines that were asked for: a column is a byte there
 	root  *yaml.Node
 	seen  map[*yaml.Node]bool // objects whose templates were looked for: an alias may lead back
 }
@@ -38,12 +40,15 @@ func documents(file string, stream []byte) []*document {
 		}
 	}
 	var docs []*document
+	line, counted := 0, 0
 	for i, from := range cuts {
 		to := len(stream)
 		if i+1 < len(cuts) {
 			to = cuts[i+1]
 		}
-		docs = append(docs, newDocument(file, bytes.Count(stream[:from], []byte("\n")), stream[from:to]))
+		line += bytes.Count(stream[counted:from], []byte("\n"))
+		counted = from
+		docs = append(docs, newDocument(file, line, stream[from:to]))
 	}
 	return docs
 }
@@ -64,14 +69,21 @@ var byteOrderMark = []byte("\ufeff")
 func (d *document) parse() error {
 	var n yaml.Node
 	text := d.text
-	if bytes.HasPrefix(bytes.TrimPrefix(text, byteOrderMark), []byte("%")) {
+	if bytes.HasPrefix(bytes.TrimPrefix(text, byteOrderMark), []byte("%")) && onlyDirectives.Match(text) {
 		return nil
 	}
 	if bytes.HasPrefix(text, []byte("...")) { // ends the one before, and may be followed by comments
 		text = append([]byte("   "), text[3:]...)
 	}
-	if err := yaml.Unmarshal(text, &n); err != nil {
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	if err := decoder.Decode(&n); err != nil && !errors.Is(err, io.EOF) {
 		return d.syntaxError(err)
+	}
+	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		return &config.Fault{
+			Err:  fmt.Errorf("%s:%d: a second object without a line of --- before it", d.file, d.line+1),
+			Hint: "put --- between them, or make a List of them", Exit: config.ExitConfig,
+		}
 	}
 	if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
 		d.root = n.Content[0]
@@ -95,6 +107,9 @@ func (d *document) syntaxError(err error) error {
 	}
 }
 
+// onlyDirectives is a document of directives, comments and empty lines: they belong to the document behind it.
+var onlyDirectives = regexp.MustCompile(`\A\x{feff}?(?:[%#][^\n]*(?:\n|\z)|[ \t\r]*\n)*[ \t\r]*\z`)
+
 // at makes an error of a place in the document.
 func (d *document) at(n *yaml.Node, hint, format string, args ...any) error {
 	return &config.Fault{
@@ -109,11 +124,30 @@ func (d *document) offset(n *yaml.Node) int {
 	if n.Line == 1 && bytes.HasPrefix(d.text, byteOrderMark) {
 		at += len(byteOrderMark)
 	}
+	if d.isASCII(n.Line) {
+		return at + n.Column - 1
+	}
 	for range n.Column - 1 {
 		_, size := utf8.DecodeRune(d.text[at:])
 		at += size
 	}
 	return at
+}
+
+func (d *document) isASCII(line int) bool {
+	is, known := d.ascii[line]
+	if !known {
+		to := len(d.text)
+		if line < len(d.lines) {
+			to = d.lines[line]
+		}
+		is = !slices.ContainsFunc(d.text[d.lines[line-1]:to], func(b byte) bool { return b >= utf8.RuneSelf })
+		if d.ascii == nil {
+			d.ascii = make(map[int]bool)
+		}
+		d.ascii[line] = is
+	}
+	return is
 }
 
 // lineStart is where the line of a node begins, lineOf what stands in a line, without its end.
@@ -142,19 +176,23 @@ type edit struct {
 	with     string
 }
 
-// apply makes the edits, which do not overlap. The same place is edited once, however often it is named: by an alias.
-func (d *document) apply(edits []edit) []byte {
+// apply makes the edits. The same place is edited once, however often it is named: by an alias. Edits that overlap are an
+// error: the comments are no longer where they were written.
+func (d *document) apply(edits []edit) ([]byte, error) {
 	slices.SortStableFunc(edits, func(a, b edit) int { return a.from - b.from })
 	edits = slices.Compact(edits)
 	var out bytes.Buffer
 	at := 0
 	for _, e := range edits {
+		if e.from < at || e.to < e.from {
+			return nil, d.at(d.root, "take out by hand what `pillion inject` wrote", "the comments %q and %q do not stand in pairs", begin, end)
+		}
 		out.Write(d.text[at:e.from])
 		out.WriteString(e.with)
 		at = e.to
 	}
 	out.Write(d.text[at:])
-	return out.Bytes()
+	return out.Bytes(), nil
 }
 
 // field is a key of a mapping and its value; nil where there is none.
@@ -226,7 +264,7 @@ var templatePaths = map[string][]string{
 
 // templates finds the pod templates of an object.
 func (d *document) templates(object *yaml.Node) ([]template, error) {
-	if object = resolved(object); object == nil || object.Kind == yaml.ScalarNode && object.Value == "" {
+	if object = resolved(object); object == nil || object.Kind == yaml.ScalarNode && (object.Value == "" || object.Tag == "!!null") {
 		return nil, nil
 	}
 	if d.seen[object] {
@@ -250,7 +288,8 @@ func (d *document) templates(object *yaml.Node) ([]template, error) {
 		return all, errors.Join(errs...)
 	}
 	path, known := templatePaths[kind]
-	if !known {
+	group, _, hasGroup := strings.Cut(text(get(object, "apiVersion").value), "/")
+	if !known || hasGroup && group != "apps" && group != "batch" { // a kind of the same name, of somebody else
 		return nil, nil
 	}
 	node := find(object, path...)

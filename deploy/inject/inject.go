@@ -9,6 +9,7 @@
 package inject
 
 import (
+	"bytes"
 	"errors"
 	"slices"
 	"strings"
@@ -23,7 +24,7 @@ func Inject(file string, stream []byte, s Settings) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return each(file, clean, func(d *document, t template) ([]edit, error) {
+	injected, err := each(file, clean, func(d *document, t template) ([]edit, error) {
 		s, wanted, err := s.of(d, t)
 		if err != nil || !wanted {
 			return nil, err
@@ -37,10 +38,25 @@ func Inject(file string, stream []byte, s Settings) ([]byte, error) {
 		}
 		return edits, nil
 	})
+	if err != nil {
+		return nil, err
+	}
+	return injected, proveInjected(file, clean, injected)
 }
 
 // Uninject takes out what Inject wrote.
 func Uninject(file string, stream []byte) ([]byte, error) {
+	if err := readable(file, stream); err != nil {
+		return nil, err
+	}
+	clean, err := uninject(file, stream)
+	if err != nil {
+		return nil, err
+	}
+	return clean, proveClean(file, stream, clean)
+}
+
+func uninject(file string, stream []byte) ([]byte, error) {
 	return each(file, stream, func(d *document, t template) (edits []edit, err error) {
 		for _, name := range listNames {
 			e, found, err := extract(d, t, name)
@@ -75,7 +91,9 @@ func each(file string, stream []byte, change func(*document, template) ([]edit, 
 			e, err := change(d, t)
 			edits, errs = append(edits, e...), append(errs, err)
 		}
-		out = append(out, d.apply(edits)...)
+		text, err := d.apply(edits)
+		errs = append(errs, err)
+		out = append(out, text...)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
@@ -138,15 +156,18 @@ func extract(d *document, t template, name string) (e edit, found bool, err erro
 	switch {
 	case value.Kind != yaml.SequenceNode:
 		return e, false, nil
-	case isFlow(t.spec) && strings.HasPrefix(string(d.text[d.offset(f.key):]), `"`+name+`":[{"name":"`+ownPrefix) && allOurs(value):
+	case isFlow(t.spec) && bytes.HasPrefix(d.text[d.offset(f.key):], []byte(`"`+name+`":[{"name":"`+ownPrefix)) && allOurs(name, value):
 		at := d.offset(f.key)
 		to, err := jsonEnd(d.text, at+len(`"`+name+`":`))
 		if err != nil {
 			return e, false, d.at(f.key, "", "%v", err)
 		}
-		return edit{at, to + 1, ""}, true, nil // with the comma
+		if to >= len(d.text) || d.text[to] != ',' {
+			return e, false, nil // moved to the end: somebody wrote it anew
+		}
+		return edit{at, to + 1, ""}, true, nil
 	case isFlow(value):
-		return extractEntries(d, value)
+		return extractEntries(d, name, value)
 	}
 	for _, n := range []*yaml.Node{f.key, value} { // the key is ours too, or the entries alone
 		if strings.TrimLeft(d.lineOf(n.Line-1), " ") == begin {
@@ -159,6 +180,9 @@ func extract(d *document, t template, name string) (e edit, found bool, err erro
 // extractLines takes out from the comment above a node to the one that ends it.
 func extractLines(d *document, n *yaml.Node) (e edit, found bool, err error) {
 	for number := n.Line; number <= len(d.lines); number++ {
+		if strings.TrimLeft(d.lineOf(number), " ") == begin {
+			break
+		}
 		if strings.TrimLeft(d.lineOf(number), " ") == end {
 			to := len(d.text)
 			if number < len(d.lines) {
@@ -171,18 +195,18 @@ func extractLines(d *document, n *yaml.Node) (e edit, found bool, err error) {
 }
 
 // extractEntries takes our entries out of the beginning of a list in flow style.
-func extractEntries(d *document, value *yaml.Node) (e edit, found bool, err error) {
+func extractEntries(d *document, name string, value *yaml.Node) (e edit, found bool, err error) {
 	at := d.offset(value) + 1
 	to := at
 	for i, n := range value.Content {
-		if !isOurs(n) || d.offset(n) != to || !strings.HasPrefix(string(d.text[to:]), `{"name":"`+ownPrefix) {
+		if !isOurs(name, n) || d.offset(n) != to || !bytes.HasPrefix(d.text[to:], []byte(`{"name":"`+ownPrefix)) {
 			break
 		}
 		if to, err = jsonEnd(d.text, to); err != nil {
 			return e, false, d.at(n, "", "%v", err)
 		}
-		if i+1 < len(value.Content) {
-			to++ // the comma
+		if i+1 < len(value.Content) && to < len(d.text) && d.text[to] == ',' {
+			to++
 		}
 	}
 	return edit{at, to, ""}, to > at, nil
@@ -198,12 +222,24 @@ const (
 	cgroupName  = ownPrefix + "-cgroup"
 )
 
-func isOurs(entry *yaml.Node) bool {
-	return slices.Contains([]string{initName, sidecarName, cgroupName}, text(get(entry, "name").value))
+// isOurs tells an entry of a list that Inject wrote from one that has its name by chance.
+func isOurs(list string, entry *yaml.Node) bool {
+	verb := ""
+	if args := items(get(entry, "args").value); len(args) > 0 {
+		verb = text(args[0])
+	}
+	switch name := text(get(entry, "name").value); list {
+	case "volumes":
+		return name == cgroupName
+	case "containers":
+		return name == sidecarName && verb == "proxy"
+	default:
+		return name == initName && verb == "init" || name == sidecarName && verb == "proxy"
+	}
 }
 
-func allOurs(sequence *yaml.Node) bool {
-	return len(sequence.Content) > 0 && !slices.ContainsFunc(sequence.Content, func(n *yaml.Node) bool { return !isOurs(n) })
+func allOurs(list string, sequence *yaml.Node) bool {
+	return len(sequence.Content) > 0 && !slices.ContainsFunc(sequence.Content, func(n *yaml.Node) bool { return !isOurs(list, n) })
 }
 
 // faults collects the errors of one template.

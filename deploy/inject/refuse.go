@@ -4,7 +4,6 @@ package inject
 
 import (
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/pillionproxy/pillion/config"
@@ -45,7 +44,7 @@ func refuse(d *document, t template, s Settings) error {
 			f.add(d, l.value, "kubectl explain pod.spec."+name, "%s is no list", name)
 		}
 	}
-	if n := get(t.spec, "hostNetwork").value; text(n) == "true" {
+	if n := get(t.spec, "hostNetwork").value; isTrue(n) {
 		f.add(d, n, "capture single services on the node by their cgroup: deploy/systemd has an example; or annotate the pod with "+AnnotationPrefix+`inject: "false"`,
 			"hostNetwork: the pod has the network namespace of its node, with everything else in it")
 	}
@@ -71,7 +70,7 @@ func refuse(d *document, t template, s Settings) error {
 		}
 	}
 	for _, v := range items(get(t.spec, "volumes").value) {
-		if isOurs(v) {
+		if text(get(v, "name").value) == cgroupName {
 			f.add(d, v, "give it another name", "the volume %s is not one that `pillion inject` wrote", text(get(v, "name").value))
 		}
 	}
@@ -80,7 +79,7 @@ func refuse(d *document, t template, s Settings) error {
 
 func refuseContainer(f *faults, d *document, c *yaml.Node, s Settings, uid uint32) {
 	name := get(c, "name").value
-	if isOurs(c) {
+	if slices.Contains([]string{initName, sidecarName}, text(name)) {
 		f.add(d, c, "give it another name; if it was written by hand, take it out", "the container %s is not one that `pillion inject` wrote", text(name))
 	}
 	for _, m := range meshes {
@@ -94,8 +93,8 @@ func refuseContainer(f *faults, d *document, c *yaml.Node, s Settings, uid uint3
 	taken := s.ports()
 	for _, p := range items(get(c, "ports").value) {
 		n := get(p, "containerPort").value
-		port, err := strconv.ParseUint(text(n), 10, 16)
-		if flag := taken[uint16(port)]; err == nil && flag != "" && !strings.EqualFold(text(get(p, "protocol").value), "UDP") {
+		port := number(n)
+		if flag := taken[uint16(port)]; port == int64(uint16(port)) && flag != "" && !strings.EqualFold(text(get(p, "protocol").value), "UDP") {
 			f.add(d, n, "move the app's port, or the sidecar's by "+AnnotationPrefix+flag, "the container %s has the port %d, which is the sidecar's (--%s)", text(name), port, flag)
 		}
 	}
@@ -104,10 +103,25 @@ func refuseContainer(f *faults, d *document, c *yaml.Node, s Settings, uid uint3
 // runAs is where something says that it runs as a user.
 func runAs(n *yaml.Node, uid uint32) *yaml.Node {
 	user := get(find(n, "securityContext"), "runAsUser").value
-	if text(user) == strconv.FormatUint(uint64(uid), 10) {
+	if number(user) == int64(uid) {
 		return user
 	}
 	return nil
+}
+
+// number is the value of an integer, however it is written; -1 of anything else.
+func number(n *yaml.Node) int64 {
+	v := int64(-1)
+	if n == nil || n.Decode(&v) != nil {
+		return -1
+	}
+	return v
+}
+
+// isTrue is the value of a boolean, however it is written.
+func isTrue(n *yaml.Node) bool {
+	v := false
+	return n != nil && n.Decode(&v) == nil && v
 }
 
 // ports are those of the sidecar, with the flag of each.

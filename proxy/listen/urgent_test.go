@@ -25,7 +25,10 @@ func TestSignalAtTheUrgentByte(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	const rounds = 2000
+	rounds := 2000
+	if testing.Short() {
+		rounds = 200
+	}
 	thread, received := make(chan int), make(chan bool)
 	go func() {
 		runtime.LockOSThread()

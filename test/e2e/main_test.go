@@ -22,8 +22,8 @@ var pillionPath, selfPath string
 // kernelDecides are the tests that run under -short, as in the machines of test/vm: each asks of the kernel something that
 // no other of them does. All of the others would take an hour on an emulated processor.
 var kernelDecides = []string{
-	"TestAddressesAreTrueAtAllFourEnds", "TestAutoBackend", "TestCleanRestores", "TestFilterAddresses", "TestFilterCarriesAll",
-	"TestKilledProxyIsSeenAsAReset", "TestProxyDown", "TestSYNCookies", "TestSelection", "TestSourcePortUsedAgain", "TestWaysToConnect",
+	"TestAddressesAreTrueAtAllFourEnds", "TestFilterAddresses", "TestKilledProxyIsSeenAsAReset", "TestSYNCookies",
+	"TestSourcePortUsedAgain", "TestWaysToConnect",
 }
 
 func TestMain(m *testing.M) {
