@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/aymanbagabas/go-udiff"
 	"github.com/pillionproxy/pillion/config"
@@ -41,6 +43,9 @@ own address in place of the client's.`,
   pillion inject --diff --exclude-outbound-ports 5432 manifests/
   pillion inject --in-place manifests/*.yaml`,
 		RunE: func(_ *cobra.Command, args []string) error {
+			if err := s.SetImages(s.Image, s.InitImage); err != nil {
+				return &config.Fault{Err: err, Exit: config.ExitUsage}
+			}
 			return w.run(e, args, func(file string, text []byte) ([]byte, error) { return inject.Inject(file, text, s) })
 		},
 	}
@@ -64,9 +69,10 @@ func newUninjectCommand(e *env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninject [flags] [FILE|DIRECTORY|-]...",
 		Short: "Take the sidecar out of Kubernetes manifests",
-		Long:  `Take out of manifests what "pillion inject" wrote, and give back the text that it was given, byte for byte.`,
+		Long: `Take out of manifests what "pillion inject" wrote, and give back the text that it was given, byte for byte. A manifest
+that another program has written anew since, as the API server does, is refused: it is not that text any more.`,
 		Example: `  pillion uninject --in-place manifests/
-  kubectl get deploy shop -o json | pillion uninject - | kubectl apply -f -`,
+  pillion uninject --diff deployment.yaml`,
 		RunE: func(_ *cobra.Command, args []string) error { return w.run(e, args, inject.Uninject) },
 	}
 	w.flags(cmd.Flags())
@@ -114,13 +120,7 @@ func (s *settingFlag) String() string {
 	return s.settings.Values[s.name]
 }
 
-func (s *settingFlag) Set(v string) error {
-	if err := s.settings.Known[s.name].Check(v); err != nil {
-		return err
-	}
-	s.settings.Values[s.name] = v
-	return nil
-}
+func (s *settingFlag) Set(v string) error { return s.settings.Set(s.name, v) }
 
 func (s *settingFlag) Type() string { return s.kind }
 
@@ -145,7 +145,7 @@ type manifest struct {
 	text []byte
 }
 
-// run changes all manifests, or none of them.
+// run changes all manifests, or none of them if one cannot be read, changed or written.
 func (w *rewriting) run(e *env, args []string, change func(string, []byte) ([]byte, error)) error {
 	usage := func(format string, a ...any) error {
 		return &config.Fault{Err: fmt.Errorf(format, a...), Exit: config.ExitUsage}
@@ -155,11 +155,12 @@ func (w *rewriting) run(e *env, args []string, change func(string, []byte) ([]by
 		return &config.Fault{Err: errors.New("no manifest"), Hint: "name files or directories, or - for standard input", Exit: config.ExitUsage}
 	case len(args) == 0:
 		args = []string{"-"}
-	case w.inPlace && slices.Contains(args, "-"):
+	}
+	if w.inPlace && slices.Contains(args, "-") {
 		return usage("--in-place: standard input cannot be written back")
 	}
-	if w.inPlace && w.output != "" {
-		return usage("--in-place and --output: give one of them")
+	if w.inPlace && w.output != "" || w.diff && (w.inPlace || w.output != "") {
+		return usage("--in-place, --output and --diff: give one of them")
 	}
 	from, err := readManifests(e.stdin, args)
 	if err != nil {
@@ -177,26 +178,45 @@ func (w *rewriting) run(e *env, args []string, change func(string, []byte) ([]by
 	}
 	if w.diff {
 		for i, m := range from {
-			io.WriteString(e.stdout, udiff.Unified(m.name, m.name, string(m.text), string(to[i])))
+			if _, err := io.WriteString(e.stdout, udiff.Unified(m.name, m.name, string(m.text), string(to[i]))); err != nil {
+				return err
+			}
 		}
 		return nil
 	}
 	if !w.inPlace {
 		all := joined(to)
 		if w.output != "" {
-			return replaceFile(w.output, all)
+			r, err := replace(w.output, all)
+			if err != nil {
+				return err
+			}
+			return r.commit()
 		}
 		_, err = e.stdout.Write(all)
 		return err
 	}
+	var all []replacement
+	defer func() {
+		for _, r := range all {
+			r.drop()
+		}
+	}()
 	for i, m := range from {
 		if string(to[i]) == string(m.text) {
 			continue
 		}
-		if err := replaceFile(m.name, to[i]); err != nil {
+		r, err := replace(m.name, to[i])
+		if err != nil {
+			return &config.Fault{Err: err, Hint: "no manifest was changed"}
+		}
+		all = append(all, r)
+	}
+	for _, r := range all {
+		if err := r.commit(); err != nil {
 			return err
 		}
-		fmt.Fprintln(e.stdout, m.name)
+		fmt.Fprintln(e.stdout, r.name)
 	}
 	return nil
 }
@@ -217,14 +237,20 @@ func readManifests(stdin io.Reader, args []string) (list []manifest, err error) 
 			list = append(list, manifest{"-", text})
 			continue
 		}
-		err := filepath.WalkDir(a, func(path string, entry fs.DirEntry, err error) error {
-			hidden := path != a && strings.HasPrefix(entry.Name(), ".")
+		found := len(list)
+		root := a
+		info, err := os.Stat(a)
+		if err == nil && info.IsDir() {
+			root = filepath.Clean(a) + "/" // a link to a folder is followed
+		}
+		err = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+			hidden := path != root && strings.HasPrefix(entry.Name(), ".")
 			switch {
 			case err != nil:
 				return err
 			case entry.IsDir() && hidden:
 				return fs.SkipDir
-			case entry.IsDir(), hidden, path != a && !slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(path)):
+			case entry.IsDir(), hidden, path != root && !isFile(path), path != root && !slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(path)):
 				return nil
 			}
 			f, err := os.Open(path)
@@ -239,8 +265,17 @@ func readManifests(stdin io.Reader, args []string) (list []manifest, err error) 
 		if err != nil {
 			return nil, &config.Fault{Err: err, Exit: config.ExitConfig}
 		}
+		if len(list) == found {
+			return nil, &config.Fault{Err: fmt.Errorf("%s: no manifest in it", a), Hint: "manifests in a folder end with .yaml, .yml or .json", Exit: config.ExitConfig}
+		}
 	}
 	return list, nil
+}
+
+// isFile reports whether something is a file, or leads to one: a pipe would be waited for.
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err != nil || info.Mode().IsRegular()
 }
 
 func readAll(r io.Reader, name string) ([]byte, error) {
@@ -259,7 +294,12 @@ func joined(texts [][]byte) []byte {
 			if all[len(all)-1] != '\n' {
 				all = append(all, '\n')
 			}
-			if !strings.HasPrefix(string(t), "---") {
+			t = bytes.TrimPrefix(t, []byte("\ufeff")) // it begins no file any more
+			switch {
+			case bytes.HasPrefix(t, []byte("---")):
+			case bytes.HasPrefix(t, []byte("%")): // directives stand behind the end of a document
+				all = append(all, "...\n"...)
+			default:
 				all = append(all, "---\n"...)
 			}
 		}
@@ -268,23 +308,60 @@ func joined(texts [][]byte) []byte {
 	return all
 }
 
-// replaceFile writes a file whole or not at all, where a link leads to, with the mode that it had.
-func replaceFile(name string, text []byte) (err error) {
+// replacement is a file that is written, and not yet in its place.
+type replacement struct {
+	name     string // as the user has it
+	from, to string
+}
+
+// replace prepares to write a file whole or not at all, where a link leads to, with the mode and the owner that it had. What
+// is no file, as /dev/stdout, is written at once.
+func replace(name string, text []byte) (r replacement, err error) {
+	r = replacement{name: name, to: name}
 	if real, err := filepath.EvalSymlinks(name); err == nil {
-		name = real
+		r.to = real
 	}
-	mode := fs.FileMode(0o644)
-	if info, err := os.Stat(name); err == nil {
-		mode = info.Mode().Perm()
+	info, err := os.Stat(r.to)
+	if err == nil && !info.Mode().IsRegular() {
+		return replacement{name: name}, os.WriteFile(r.to, text, 0)
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".")
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err := os.OpenFile(r.to, os.O_CREATE|os.O_WRONLY, 0o666) // with the mode that new files have here
+		if err != nil {
+			return r, err
+		}
+		info, err = f.Stat()
+		if err := errors.Join(err, f.Close(), os.Remove(r.to)); err != nil {
+			return r, err
+		}
+	} else if err != nil {
+		return r, err
+	}
+	f, err := os.CreateTemp(filepath.Dir(r.to), ".pillion-")
 	if err != nil {
-		return err
+		return r, err
 	}
-	defer os.Remove(f.Name())
+	r.from = f.Name()
 	_, werr := f.Write(text)
-	if err := errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
-		return err
+	owner := info.Sys().(*syscall.Stat_t)
+	_ = f.Chown(int(owner.Uid), int(owner.Gid)) // who may not give files away makes it his own
+	err = errors.Join(werr, f.Chmod(info.Mode().Perm()), f.Sync(), f.Close())
+	if err != nil {
+		r.drop()
 	}
-	return os.Rename(f.Name(), name)
+	return r, err
+}
+
+func (r replacement) commit() error {
+	if r.from == "" {
+		return nil
+	}
+	return os.Rename(r.from, r.to)
+}
+
+// drop removes what was not put in its place.
+func (r replacement) drop() {
+	if r.from != "" {
+		_ = os.Remove(r.from)
+	}
 }

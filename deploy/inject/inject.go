@@ -41,7 +41,10 @@ func Inject(file string, stream []byte, s Settings) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return injected, proveInjected(file, clean, injected)
+	if err := proveInjected(file, clean, injected); err != nil {
+		return nil, err
+	}
+	return injected, nil
 }
 
 // Uninject takes out what Inject wrote.
@@ -53,7 +56,10 @@ func Uninject(file string, stream []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return clean, proveClean(file, stream, clean)
+	if err := proveClean(file, stream, clean); err != nil {
+		return nil, err
+	}
+	return clean, nil
 }
 
 func uninject(file string, stream []byte) ([]byte, error) {

@@ -246,6 +246,21 @@ func TestErrors(t *testing.T) {
 		{"inject: maybe", "kind: Pod\nmetadata: {annotations: {pillion.dev/inject: maybe}}\nspec: {containers: [{name: a}]}\n", []string{"f.yaml:2:46:", "maybe"}},
 		{"two at once", pod + "  hostNetwork: true\n  containers: [{name: istio-proxy}]\n", []string{"hostNetwork", "Istio"}},
 		{"in the second document", "kind: X\n---\n" + pod + "  hostNetwork: true\n  containers: [{name: a}]\n", []string{"f.yaml:7:16: hostNetwork"}},
+		{"an anchor at a list", pod + "  containers:\n  - name: a\n  initContainers: &c\n  - name: i\n", []string{"f.yaml:1: the sidecar cannot be written"}},
+		{"a tag at a list", pod + "  containers: !!seq [{name: a}]\n  initContainers: !!seq [{name: i}]\n", []string{"f.yaml:1: the sidecar cannot be written"}},
+		{"explicit keys", pod + "  ? containers\n  : - name: a\n", []string{"f.yaml:1: the sidecar cannot be written"}},
+		{"what a merge brings", "kind: List\nitems:\n- kind: X\n  spec: &base {initContainers: [{name: migrate}]}\n- kind: Pod\n  spec:\n    <<: *base\n    containers: [{name: a}]\n", []string{"f.yaml:1: the sidecar cannot be written", "something else would change"}},
+		{"a key twice", pod + "  containers: [{name: a}]\n  containers: [{name: b}]\n", []string{"f.yaml:1: ", "already defined"}},
+		{"a carriage return", "kind: X\n---\n" + pod + "  # a\rb\n  containers: [{name: a}]\n", []string{"f.yaml:7: a carriage return"}},
+		{"a line separator", pod + "  # a\u2028b\n  containers: [{name: a}]\n", []string{"f.yaml:5: the character U+2028"}},
+		{"UTF-16", "\xff\xfek\x00", []string{"f.yaml:1: UTF-16"}},
+		{"no UTF-8", pod + "  hostname: \xff\n", []string{"f.yaml:5: byte 0xff"}},
+		{"JSON behind JSON", `{"kind":"Pod","spec":{"containers":[{"name":"a"}]}}` + "\n" + `{"kind":"Pod","spec":{"containers":[{"name":"b"}]}}`, []string{"f.yaml:"}},
+		{"our name by chance", `{"kind":"Pod","spec":{"containers":[{"name":"pillion","image":"mine"},{"name":"a"}]}}`, []string{"f.yaml:1:37: the container pillion is not one that"}},
+		{"garbage behind a percent sign", "%\x01\x02\nx: [", []string{"f.yaml:1: "}},
+		{"host network, as YAML 1.1 writes it", pod + "  hostNetwork: yes\n  containers: [{name: a}]\n", []string{"f.yaml:5:16: hostNetwork"}},
+		{"our port, in hexadecimal", pod + "  containers: [{name: a, ports: [{containerPort: 0x3e81}]}]\n", []string{"the container a has the port 16001"}},
+		{"a newline in a setting", "kind: Pod\nmetadata: {annotations: {pillion.dev/log-level: \"info\\n# pillion: end\"}}\nspec: {containers: [{name: a}]}\n", []string{"f.yaml:2:49:", "control characters"}},
 		{"a list within itself", "&a {kind: List, items: [*a, {spec: {}}]}\n", []string{"no kind"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -265,6 +280,40 @@ func TestErrors(t *testing.T) {
 				t.Errorf("%v is no fault of the configuration", err)
 			}
 		})
+	}
+}
+
+// TestChanged: what was changed after it was injected is refused, by both, rather than guessed at.
+func TestChanged(t *testing.T) {
+	const pod = "kind: Pod\nspec:\n  initContainers:\n  - name: i\n  containers:\n  - name: a\n  volumes:\n  - name: v\n"
+	s := settings(func(s *Settings) { s.Variant, s.Sidecar = Least, Ordinary })
+	injected, err := Inject("f.yaml", []byte(pod), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var object any
+	if err := yaml.Unmarshal(injected, &object); err != nil {
+		t.Fatal(err)
+	}
+	anew, err := yaml.Marshal(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"the end of a block is lost":   strings.Replace(string(injected), "  "+end+"\n", "", 1),
+		"an entry in our block":        strings.Replace(string(injected), "  "+end+"\n", "  - name: mine\n  "+end+"\n", 1),
+		"written by another program":   string(anew),
+		"the comments were taken away": strings.NewReplacer(begin, "#", end, "#").Replace(string(injected)),
+	} {
+		for verb, do := range map[string]func() ([]byte, error){
+			"inject":   func() ([]byte, error) { return Inject("f.yaml", []byte(text), s) },
+			"uninject": func() ([]byte, error) { return Uninject("f.yaml", []byte(text)) },
+		} {
+			out, err := do()
+			if f := (*config.Fault)(nil); !errors.As(err, &f) || f.Exit != config.ExitConfig || f.Hint == "" {
+				t.Errorf("%s, %s: %v\n%s", name, verb, err, out)
+			}
+		}
 	}
 }
 

@@ -3,6 +3,7 @@
 package inject
 
 import (
+	"path"
 	"slices"
 	"strings"
 
@@ -60,7 +61,18 @@ func refuse(d *document, t template, s Settings) error {
 			}
 		}
 	}
+	if s.Variant == UnprivilegedProxy {
+		if s.InitImage == "" && (strings.Contains(s.Image, "@") || !strings.Contains(path.Base(s.Image), ":")) {
+			f.add(d, t.spec, "name the image with iptables: --init-image, or "+AnnotationPrefix+"init-image", "the image %s has no tag behind which -iptables could stand", s.Image)
+		}
+		if b := s.Values["backend"]; b != "" && b != "redirect" {
+			f.add(d, t.spec, "leave --backend out, or take another --variant", "the variant %s has the backend redirect, not %s", s.Variant, b)
+		}
+	}
 	uid := s.number("proxy-uid", config.ProxyUID)
+	if uid == 0 {
+		f.add(d, t.spec, "take another user", "--proxy-uid 0: every app that is root would be taken for the sidecar")
+	}
 	if n := runAs(t.spec, uid); n != nil {
 		f.add(d, n, "let the app run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the pod runs as the user %d, which is the sidecar's: it could pass for it", uid)
 	}

@@ -3,12 +3,14 @@
 package inject
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/pillionproxy/pillion/config"
 	"go.yaml.in/yaml/v3"
@@ -193,7 +195,7 @@ func (s Settings) of(d *document, t template) (its Settings, wanted bool, err er
 			f.add(d, value, "put it in quotes", "annotation %s: must be a string", key.Value)
 			continue
 		}
-		if err := check(value.Value); err != nil {
+		if err := errors.Join(printable(value.Value), check(value.Value)); err != nil {
 			f.add(d, value, "", "annotation %s: %v", key.Value, err)
 			continue
 		}
@@ -222,6 +224,38 @@ func (s Settings) args(verb string, its func(Setting) bool, more map[string]stri
 		list = append(list, str("--"+name+"="+values[name]))
 	}
 	return sequence(list...)
+}
+
+// printable refuses what would end a line of the manifest.
+func printable(value string) error {
+	if strings.ContainsFunc(value, unicode.IsControl) {
+		return fmt.Errorf("%q: has control characters in it", value)
+	}
+	return nil
+}
+
+// SetImages sets the image of the sidecar and that of the init container; the second may be empty.
+func (s *Settings) SetImages(sidecar, init string) error {
+	if err := s.own()["image"](sidecar); err != nil {
+		return fmt.Errorf("--image: %w", err)
+	}
+	if init == "" {
+		s.InitImage = ""
+		return nil
+	}
+	if err := s.own()["init-image"](init); err != nil {
+		return fmt.Errorf("--init-image: %w", err)
+	}
+	return nil
+}
+
+// Set gives a setting of init or proxy its value.
+func (s *Settings) Set(name, value string) error {
+	if err := errors.Join(printable(value), s.Known[name].Check(value)); err != nil {
+		return err
+	}
+	s.Values[name] = value
+	return nil
 }
 
 // number is a setting that is a number, or its default.
