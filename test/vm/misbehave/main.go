@@ -47,4 +47,5 @@ func write(file, text string) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(3)
 	}
+	time.Sleep(2 * time.Second) // a kernel that goes on says so on its console a moment later
 }
