@@ -110,14 +110,14 @@ func TestDropPrivilegesOfAllThreads(t *testing.T) {
 		left     string
 		bounding string // "" : not looked at
 	}{
-		{"root", os.ProcAttr{}, marking, marking},
+		{"root", os.ProcAttr{}, marking, netRaw},
 		{"a user with ambient CAP_NET_RAW", os.ProcAttr{Sys: &syscall.SysProcAttr{
 			Credential: &syscall.Credential{Uid: config.ProxyUID, Gid: config.ProxyUID}, AmbientCaps: []uintptr{unix.CAP_NET_RAW},
 		}}, netRaw, ""},
 		{"a user with more than that", os.ProcAttr{Sys: &syscall.SysProcAttr{
 			Credential:  &syscall.Credential{Uid: config.ProxyUID, Gid: config.ProxyUID},
 			AmbientCaps: []uintptr{unix.CAP_NET_RAW, unix.CAP_NET_ADMIN, unix.CAP_SETPCAP},
-		}}, marking, marking},
+		}}, marking, netRaw},
 		{"a user with nothing", os.ProcAttr{Sys: &syscall.SysProcAttr{
 			Credential: &syscall.Credential{Uid: config.ProxyUID, Gid: config.ProxyUID},
 		}}, none, ""},
