@@ -178,34 +178,6 @@ static __always_inline int to_own_address(struct bpf_sock_ops *ctx, int ipv4)
 	return r0 == l0 && r1 == l1 && r2 == l2 && r3 == l3;
 }
 
-/* Does the selection let the connection in? The socket's maker was judged when it was made. */
-static __always_inline int is_selected(struct bpf_sock_ops *ctx, __u32 maker, int ipv4)
-{
-	__u32 a, b, c, d;
-
-	if (maker == MAKER_APP_UNSELECTED || maker == MAKER_EXCLUDED)
-		return 0;
-	if (has_entries(SELECT_OUT_PORT)) {
-		barrier();
-		a = ctx->remote_port; /* network order, in the upper half where the kernel is little endian */
-		if (!lets_port_in(SELECT_OUT_PORT, bpf_ntohl(a) & 0xffff))
-			return 0;
-	}
-	if (!has_entries(SELECT_OUT_ADDRESS))
-		return 1;
-	if (ipv4) {
-		barrier();
-		a = ctx->remote_ip4;
-		return lets_ipv4_in(SELECT_OUT_ADDRESS, a);
-	}
-	barrier();
-	a = ctx->remote_ip6[0];
-	b = ctx->remote_ip6[1];
-	c = ctx->remote_ip6[2];
-	d = ctx->remote_ip6[3];
-	return lets_ipv6_in(SELECT_OUT_ADDRESS, a, b, c, d);
-}
-
 /* A SYN that waits is about to be sent again. Under `open` it goes straight on when the proxy is gone: the new mark
  * drops the route of the old one. */
 static __always_inline void release_waiting(struct bpf_sock_ops *ctx, __u32 mark)
