@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -71,7 +72,7 @@ const (
 
 func TestMain(m *testing.M) {
 	if os.Getenv(orphanEnv) != "" {
-		select {} // until it is killed
+		time.Sleep(time.Hour) // until it is killed; select {} would be a deadlock, which Go ends by itself
 	}
 	AgentMain(who, orphan)
 	os.Exit(Main(m))
