@@ -315,27 +315,20 @@ type replacement struct {
 }
 
 // replace prepares to write a file whole or not at all, where a link leads to, with the mode and the owner that it had. What
-// is no file, as /dev/stdout, is written at once.
+// is no file, as /dev/stdout, and what was not there, is written at once.
 func replace(name string, text []byte) (r replacement, err error) {
 	r = replacement{name: name, to: name}
 	if real, err := filepath.EvalSymlinks(name); err == nil {
 		r.to = real
 	}
 	info, err := os.Stat(r.to)
-	if err == nil && !info.Mode().IsRegular() {
-		return replacement{name: name}, os.WriteFile(r.to, text, 0)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		f, err := os.OpenFile(r.to, os.O_CREATE|os.O_WRONLY, 0o666) // with the mode that new files have here
-		if err != nil {
-			return r, err
-		}
-		info, err = f.Stat()
-		if err := errors.Join(err, f.Close(), os.Remove(r.to)); err != nil {
-			return r, err
-		}
-	} else if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return replacement{name: name}, writeNew(name, text)
+	case err != nil:
 		return r, err
+	case !info.Mode().IsRegular():
+		return replacement{name: name}, os.WriteFile(r.to, text, 0)
 	}
 	f, err := os.CreateTemp(filepath.Dir(r.to), ".pillion-")
 	if err != nil {
@@ -350,6 +343,19 @@ func replace(name string, text []byte) (r replacement, err error) {
 		r.drop()
 	}
 	return r, err
+}
+
+// writeNew writes a file that was not there, nor a link of its name, with the mode that new files have here.
+func writeNew(name string, text []byte) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o666)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err = errors.Join(err, f.Close()); err != nil {
+		_ = os.Remove(name)
+	}
+	return err
 }
 
 func (r replacement) commit() error {

@@ -283,6 +283,34 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestImpossibleSettings: settings that cannot work together in any pod are told with the pod.
+func TestImpossibleSettings(t *testing.T) {
+	const pod = "kind: Pod\nspec:\n  containers: [{name: a}]\n"
+	for says, s := range map[string]Settings{
+		"no tag behind which -iptables": settings(func(s *Settings) { s.Variant, s.Image = UnprivilegedProxy, "r/p@sha256:00" }),
+		"r/p has no tag":                settings(func(s *Settings) { s.Variant, s.Image = UnprivilegedProxy, "r/p" }),
+		"has the backend redirect":      settings(func(s *Settings) { s.Variant, s.Values = UnprivilegedProxy, map[string]string{"backend": "ebpf"} }),
+		"--proxy-uid 0":                 settings(func(s *Settings) { s.Values = map[string]string{"proxy-uid": "0"} }),
+	} {
+		if out, err := Inject("f.yaml", []byte(pod), s); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v; want %q\n%s", err, says, out)
+		}
+	}
+}
+
+// TestNotOurs: what is no pod of Kubernetes' own passes as it is.
+func TestNotOurs(t *testing.T) {
+	for _, text := range []string{
+		"apiVersion: batch.volcano.sh/v1alpha1\nkind: Job\nspec: {tasks: []}\n",
+		"null\n---\n~\n",
+		"%YAML 1.2\n# a comment\n---\nkind: X\n",
+	} {
+		if out, err := Inject("f.yaml", []byte(text), settings()); err != nil || string(out) != text {
+			t.Errorf("%q: %v, %q", text, err, out)
+		}
+	}
+}
+
 // TestChanged: what was changed after it was injected is refused, by both, rather than guessed at.
 func TestChanged(t *testing.T) {
 	const pod = "kind: Pod\nspec:\n  initContainers:\n  - name: i\n  containers:\n  - name: a\n  volumes:\n  - name: v\n"

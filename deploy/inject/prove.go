@@ -87,8 +87,8 @@ func same(file string, before, after []byte) error {
 	if bytes.Equal(before, after) {
 		return nil
 	}
-	a, errA := values(before)
-	b, errB := values(after)
+	a, errA := values(file, before)
+	b, errB := values(file, after)
 	if err := errors.Join(errA, errB); err != nil || !reflect.DeepEqual(a, b) {
 		return layoutFault(file, before, after, err)
 	}
@@ -104,8 +104,8 @@ func layoutFault(file string, before, after []byte, err error) error {
 		if i >= len(others) {
 			break
 		}
-		a, errA := values(d.text)
-		b, errB := values(others[i].text)
+		a, errA := values(file, d.text)
+		b, errB := values(file, others[i].text)
 		if errA != nil || errB != nil || !reflect.DeepEqual(a, b) {
 			break
 		}
@@ -121,8 +121,8 @@ func layoutFault(file string, before, after []byte, err error) error {
 }
 
 // values are what a stream says, without what is ours.
-func values(stream []byte) (all []any, err error) {
-	for _, d := range documents("", stream) {
+func values(file string, stream []byte) (all []any, err error) {
+	for _, d := range documents(file, stream) {
 		if err := d.parse(); err != nil {
 			return nil, err
 		}
