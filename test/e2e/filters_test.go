@@ -41,6 +41,21 @@ func TestFilterAddresses(t *testing.T) {
 	})
 }
 
+// TestFilterAppOfTheProxysUser: an app that runs as the proxy's user is captured all the same, unless that user is trusted.
+func TestFilterAppOfTheProxysUser(t *testing.T) {
+	byFilter(t, func(t *testing.T, b backend) {
+		p := newCapturedBy(t, b)
+		as1666 := p.ns.AgentAs(p.appCG, &testnet.User{UID: config.ProxyUID, GID: config.ProxyUID})
+		for _, w := range by(as1666, p.outbound()) {
+			p.through(t, w)
+		}
+		p.init("--trust-proxy-user")
+		for _, w := range by(as1666, p.outbound()) {
+			p.direct(t, w)
+		}
+	})
+}
+
 // TestFilterWaysToConnect: whatever an app does to its socket before it connects, the connection is captured.
 func TestFilterWaysToConnect(t *testing.T) {
 	byFilter(t, func(t *testing.T, b backend) {

@@ -59,6 +59,19 @@ func TestAnAppCannotPassForTheProxy(t *testing.T) {
 	}
 }
 
+// TestTrustedUser: what the user makes whom --trust-proxy-user names passes, from whatever port.
+func TestTrustedUser(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.init("--trust-proxy-user")
+	p.startProxy(inside)
+	as1666 := p.ns.AgentAs(p.appCG, &testnet.User{UID: config.ProxyUID, GID: config.ProxyUID})
+	for _, w := range by(as1666, p.paths()) {
+		p.direct(t, w)
+	}
+	p.captured(t, p.outs()[0])
+}
+
 // port is an address of the path's family with a port.
 func port(w path, v4, v6 string, number uint16) string {
 	return netip.AddrPortFrom(netip.MustParseAddr(pick(w, v4, v6)), number).String()
