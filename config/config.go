@@ -158,10 +158,34 @@ func (p Proxy) Validate() error {
 	if p.Admin.IsValid() && !p.Admin.Addr().IsLoopback() {
 		errs = append(errs, fmt.Errorf("--admin %s: must be a loopback address: the admin interface shows what the app talks to, and has no authentication", p.Admin))
 	}
+	errs = append(errs, p.clashes()...)
 	switch p.LogFormat {
 	case "json", "text", "auto":
 	default:
 		errs = append(errs, fmt.Errorf("--log-format %q: must be json, text or auto", p.LogFormat))
 	}
 	return errors.Join(errs...)
+}
+
+// clashes are ports that two of the proxy's listeners want. The capture takes the three ports for the proxy's own on every
+// address, so nothing else can be there; port 0 is any free one.
+func (p Proxy) clashes() (errs []error) {
+	for _, h := range []struct {
+		flag string
+		at   netip.AddrPort
+	}{{"--admin", p.Admin}, {"--health", p.Health}} {
+		if h.at.IsValid() && h.at.Port() != 0 && p.Listeners.Contains(h.at.Port()) {
+			errs = append(errs, fmt.Errorf("%s %s: has the port of a listener (--outbound-port %d, --inbound-port %d, --inbound-own-port %d)",
+				h.flag, h.at, p.Listeners.Outbound, p.Listeners.Inbound, p.Listeners.InboundOwn))
+		}
+	}
+	if p.Admin.IsValid() && p.Admin.Port() != 0 && p.Admin.Port() == p.Health.Port() && (covers(p.Admin.Addr(), p.Health.Addr()) || covers(p.Health.Addr(), p.Admin.Addr())) {
+		errs = append(errs, fmt.Errorf("--admin %s and --health %s: must differ", p.Admin, p.Health))
+	}
+	return errs
+}
+
+// covers reports whether a listener on a leaves no place for one on b: the same address, or all of them.
+func covers(a, b netip.Addr) bool {
+	return a == b || a.IsUnspecified() && (a.Is6() || b.Is4())
 }

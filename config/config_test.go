@@ -37,6 +37,31 @@ func TestValidateReportsEveryProblem(t *testing.T) {
 	}
 }
 
+func TestAdminAndHealthHavePortsOfTheirOwn(t *testing.T) {
+	for _, tt := range []struct{ admin, health, want string }{
+		{"127.0.0.1:16001", "[::]:16020", "--admin 127.0.0.1:16001: has the port of a listener"},
+		{"127.0.0.1:16000", "10.0.0.1:16007", "--health 10.0.0.1:16007: has the port of a listener"},
+		{"127.0.0.1:9000", "[::]:9000", "must differ"},
+		{"127.0.0.1:9000", "127.0.0.1:9000", "must differ"},
+		{"127.0.0.1:9000", "0.0.0.0:9000", "must differ"},
+		{"[::1]:9000", "0.0.0.0:9000", ""},
+		{"127.0.0.1:9000", "10.0.0.1:9000", ""},
+		{"127.0.0.1:0", "[::]:0", ""},
+	} {
+		p := DefaultProxy()
+		p.Admin, p.Health = netip.MustParseAddrPort(tt.admin), netip.MustParseAddrPort(tt.health)
+		err := p.Validate()
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("admin %s, health %s: %v", tt.admin, tt.health, err)
+		}
+	}
+	p := DefaultProxy()
+	p.Admin, p.Health = netip.AddrPort{}, netip.AddrPort{}
+	if err := p.Validate(); err != nil {
+		t.Errorf("none of them: %v", err)
+	}
+}
+
 func TestFlagValues(t *testing.T) {
 	for _, s := range []string{"hold", "open", "closed"} {
 		var m FailureMode

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,9 @@ import (
 	"github.com/aymanbagabas/go-udiff"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/deploy/inject"
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/ebpf"
+	"github.com/pillionproxy/pillion/redirect/iptables"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -34,6 +38,8 @@ DaemonSet, ReplicaSet, Job, CronJob, and lists of them. Everything else passes a
 
 Each flag of "pillion init" and "pillion proxy" that makes sense in a pod can be given, for all pods here, or for one pod as
 an annotation of its template: pillion.dev/exclude-outbound-ports: "5432". pillion.dev/inject: "false" leaves a pod alone.
+What the two containers would refuse when they start is refused here. Warnings, as of pods whose kind is not known, go to
+standard error.
 
 Variants: privileged runs the init container as most meshes do; least gives it two capabilities and the view of the cgroup
 tree; unprivileged-proxy takes the backend redirect, with which the sidecar has no capability at all, and the app sees its
@@ -46,7 +52,16 @@ own address in place of the client's.`,
 			if err := s.SetImages(s.Image, s.InitImage); err != nil {
 				return &config.Fault{Err: err, Exit: config.ExitUsage}
 			}
-			return w.run(e, args, func(file string, text []byte) ([]byte, error) { return inject.Inject(file, text, s) })
+			if err := s.Validate(); err != nil {
+				return &config.Fault{Err: err, Exit: config.ExitUsage}
+			}
+			return w.run(e, args, func(file string, text []byte) ([]byte, error) {
+				injected, warnings, err := inject.Inject(file, text, s)
+				for _, w := range warnings {
+					warn(e.stderr, w)
+				}
+				return injected, err
+			})
 		},
 	}
 	f := cmd.Flags()
@@ -60,8 +75,17 @@ own address in place of the client's.`,
 	f.Var(&s.MemoryRequest, "memory-request", "memory that each of the two asks for")
 	f.Var(&s.MemoryLimit, "memory-limit", "memory that each of the two may have")
 	podSettings(e, f, &s)
+	s.Configure = func(init, proxy map[string]string) (inject.Told, error) { return configure(e, init, proxy) }
 	w.flags(f)
 	return cmd
+}
+
+// warn prints a warning as errors are printed.
+func warn(to io.Writer, w inject.Warning) {
+	fmt.Fprintf(to, "pillion: warning: %s\n", w.Text)
+	if w.Hint != "" {
+		fmt.Fprintf(to, "  hint: %s\n", w.Hint)
+	}
 }
 
 func newUninjectCommand(e *env) *cobra.Command {
@@ -105,6 +129,71 @@ func podSettings(e *env, f *pflag.FlagSet, s *inject.Settings) {
 			}
 		})
 	}
+}
+
+// configure reads what the two containers are told by their own parsers. What is wrong with the configurations by themselves
+// is left to their Validate.
+func configure(e *env, init, proxy map[string]string) (inject.Told, error) {
+	capture, initErr := toldInit(e, init)
+	sidecar, proxyErr := toldProxy(e, proxy)
+	return inject.Told{Init: capture, Proxy: sidecar}, errors.Join(initErr, proxyErr)
+}
+
+// toldInit is what init would install. Beyond Validate it refuses what no host allows: a backend that cannot do what is asked
+// of it.
+func toldInit(e *env, values map[string]string) (config.Capture, error) {
+	c := config.DefaultCapture()
+	bound := pflag.NewFlagSet("init", pflag.ContinueOnError)
+	captureFlags(bound, &c)
+	all := newInitCommand(e).Flags()
+	if err := setFlags(values, all, bound); err != nil {
+		return c, err
+	}
+	if timeout, err := all.GetDuration("timeout"); err != nil || timeout <= 0 {
+		return c, errors.Join(err, fmt.Errorf("--timeout %s: must be positive", timeout))
+	}
+	switch backend := all.Lookup("backend").Value.String(); backend {
+	case ebpf.Name:
+		return c, ebpf.Supports(c)
+	case iptables.TProxy, iptables.Redirect:
+		_, err := iptables.Plan(backend, c, redirect.Host{}, iptables.Tools{Tracked: true})
+		if config.ExitOf(err) == config.ExitConfig { // and not that there is no packet filter here
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// toldProxy is what proxy would run with, but for its log.
+func toldProxy(e *env, values map[string]string) (config.Proxy, error) {
+	p := config.DefaultProxy()
+	bound := pflag.NewFlagSet("proxy", pflag.ContinueOnError)
+	sharedFlags(bound, &p.Shared)
+	bound.Var((*slotFlag)(&p.Slot), "slot", "")
+	all := newProxyCommand(e).Flags()
+	errs := []error{setFlags(values, all, bound)}
+	of := func(name string) pflag.Value { return all.Lookup(name).Value }
+	p.Listen = config.Listen(of("listen").String())
+	p.Admin, p.Health = netip.AddrPort(*of("admin").(*addrFlag)), netip.AddrPort(*of("health").(*addrFlag))
+	var err error
+	p.ConnectTimeout, err = all.GetDuration("connect-timeout")
+	errs = append(errs, err)
+	p.DrainTimeout, err = all.GetDuration("drain-timeout")
+	errs = append(errs, err)
+	p.MaxConnections, err = all.GetInt("max-connections")
+	return p, errors.Join(append(errs, err)...)
+}
+
+// setFlags gives values to the flags of a verb, and to those of them that are bound elsewhere too.
+func setFlags(values map[string]string, all, bound *pflag.FlagSet) error {
+	var errs []error
+	for name, v := range values {
+		errs = append(errs, all.Set(name, v))
+		if bound.Lookup(name) != nil {
+			errs = append(errs, bound.Set(name, v))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // settingFlag is a flag of init or proxy, checked by their own parser.

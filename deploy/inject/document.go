@@ -19,24 +19,34 @@ import (
 
 // document is one of a stream, between two lines of "---".
 type document struct {
-	file  string
-	line  int // of its first line in the file, from 0
-	text  []byte
-	lines []int        // where each line begins
-	ascii map[int]bool // of lines that were asked for: a column is a byte there
-	root  *yaml.Node
-	seen  map[*yaml.Node]bool // objects whose templates were looked for: an alias may lead back
+	file   string
+	line   int // of its first line in the file, from 0
+	text   []byte
+	lines  []int         // where each line begins
+	marks  map[int][]int // of lines that were asked for: see offset
+	parsed bool
+	root   *yaml.Node
 }
 
-var separator = regexp.MustCompile(`(?m)^(---|\.\.\.)(\s|$)`)
+// separates reports whether a line, and what is behind it, begins another document or ends one.
+func separates(text []byte) bool {
+	if !bytes.HasPrefix(text, []byte("---")) && !bytes.HasPrefix(text, []byte("...")) {
+		return false
+	}
+	return len(text) == 3 || bytes.IndexByte([]byte(" \t\n\f\r"), text[3]) >= 0
+}
 
 // documents cuts a stream where a document ends. Put together again they are the stream. The separating line belongs to the
 // document behind it.
 func documents(file string, stream []byte) []*document {
 	cuts := []int{0}
-	for _, m := range separator.FindAllIndex(stream, -1) {
-		if m[0] > 0 {
-			cuts = append(cuts, m[0])
+	for at := 0; ; {
+		line := bytes.IndexByte(stream[at:], '\n')
+		if line < 0 {
+			break
+		}
+		if at += line + 1; separates(stream[at:]) {
+			cuts = append(cuts, at)
 		}
 	}
 	var docs []*document
@@ -67,6 +77,9 @@ var byteOrderMark = []byte("\ufeff")
 
 // parse reads the document; there is no root where it is empty, or a directive that belongs to the next one.
 func (d *document) parse() error {
+	if d.parsed {
+		return nil
+	}
 	var n yaml.Node
 	text := d.text
 	if bytes.HasPrefix(bytes.TrimPrefix(text, byteOrderMark), []byte("%")) && onlyDirectives.Match(text) {
@@ -88,8 +101,12 @@ func (d *document) parse() error {
 	if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
 		d.root = n.Content[0]
 	}
+	d.parsed = true
 	return nil
 }
+
+// forget lets go of what was parsed, which takes many times the place of the text.
+func (d *document) forget() { d.root, d.parsed, d.marks = nil, false, nil }
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:unmarshal errors:\n\s*)?line (\d+): `)
 
@@ -118,36 +135,52 @@ func (d *document) at(n *yaml.Node, hint, format string, args ...any) error {
 	}
 }
 
-// offset is where a node begins in the text.
+// markEvery is how many columns lie between two marks of a line.
+const markEvery = 256
+
+// offset is where a node begins in the text. A column is a character: in a line that is not ASCII it is counted from the
+// last mark before it, for a line may be a whole list of thousands of pods.
 func (d *document) offset(n *yaml.Node) int {
-	at := d.lines[n.Line-1]
-	if n.Line == 1 && bytes.HasPrefix(d.text, byteOrderMark) {
-		at += len(byteOrderMark)
+	marks := d.marksOf(n.Line)
+	if len(marks) == 1 {
+		return marks[0] + n.Column - 1
 	}
-	if d.isASCII(n.Line) {
-		return at + n.Column - 1
-	}
-	for range n.Column - 1 {
+	column := n.Column - 1
+	at := marks[min(column/markEvery, len(marks)-1)]
+	for range column % markEvery {
 		_, size := utf8.DecodeRune(d.text[at:])
 		at += size
 	}
 	return at
 }
 
-func (d *document) isASCII(line int) bool {
-	is, known := d.ascii[line]
-	if !known {
-		to := len(d.text)
-		if line < len(d.lines) {
-			to = d.lines[line]
-		}
-		is = !slices.ContainsFunc(d.text[d.lines[line-1]:to], func(b byte) bool { return b >= utf8.RuneSelf })
-		if d.ascii == nil {
-			d.ascii = make(map[int]bool)
-		}
-		d.ascii[line] = is
+// marksOf is where every so many columns of a line begin, or where an ASCII line does.
+func (d *document) marksOf(number int) []int {
+	if marks, known := d.marks[number]; known {
+		return marks
 	}
-	return is
+	at, to := d.lines[number-1], len(d.text)
+	if number < len(d.lines) {
+		to = d.lines[number]
+	}
+	if number == 1 && bytes.HasPrefix(d.text, byteOrderMark) {
+		at += len(byteOrderMark)
+	}
+	marks := []int{at}
+	if slices.ContainsFunc(d.text[at:to], func(b byte) bool { return b >= utf8.RuneSelf }) {
+		for column := 1; at < to; column++ {
+			_, size := utf8.DecodeRune(d.text[at:])
+			if at += size; column%markEvery == 0 {
+				marks = append(marks, at)
+			}
+		}
+		marks = append(marks, at) // so that there are two at least
+	}
+	if d.marks == nil {
+		d.marks = make(map[int][]int)
+	}
+	d.marks[number] = marks
+	return marks
 }
 
 // lineStart is where the line of a node begins, lineOf what stands in a line, without its end.
@@ -178,7 +211,10 @@ type edit struct {
 
 // apply makes the edits. The same place is edited once, however often it is named: by an alias. Edits that overlap are an
 // error: the comments are no longer where they were written.
-func (d *document) apply(edits []edit) ([]byte, error) {
+func (d *document) apply(edits []edit) (*document, error) {
+	if len(edits) == 0 {
+		return d, nil
+	}
 	slices.SortStableFunc(edits, func(a, b edit) int { return a.from - b.from })
 	edits = slices.Compact(edits)
 	var out bytes.Buffer
@@ -192,109 +228,8 @@ func (d *document) apply(edits []edit) ([]byte, error) {
 		at = e.to
 	}
 	out.Write(d.text[at:])
-	return out.Bytes(), nil
-}
-
-// field is a key of a mapping and its value; nil where there is none.
-type field struct{ key, value *yaml.Node }
-
-// get finds a key, through aliases but not through merges: what is merged in is written elsewhere.
-func get(n *yaml.Node, key string) field {
-	n = resolved(n)
-	if n == nil || n.Kind != yaml.MappingNode {
-		return field{}
+	if len(documents(d.file, out.Bytes())) != 1 {
+		return nil, d.layoutFault(nil)
 	}
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if n.Content[i].Value == key {
-			return field{n.Content[i], n.Content[i+1]}
-		}
-	}
-	return field{}
-}
-
-// find follows keys.
-func find(n *yaml.Node, keys ...string) *yaml.Node {
-	for _, k := range keys {
-		n = get(n, k).value
-	}
-	return resolved(n)
-}
-
-func resolved(n *yaml.Node) *yaml.Node {
-	for n != nil && n.Kind == yaml.AliasNode {
-		n = n.Alias
-	}
-	return n
-}
-
-// text is the value of a scalar, "" of anything else.
-func text(n *yaml.Node) string {
-	if n = resolved(n); n == nil || n.Kind != yaml.ScalarNode {
-		return ""
-	}
-	return n.Value
-}
-
-// items are the entries of a sequence.
-func items(n *yaml.Node) []*yaml.Node {
-	if n = resolved(n); n == nil || n.Kind != yaml.SequenceNode {
-		return nil
-	}
-	list := make([]*yaml.Node, len(n.Content))
-	for i, c := range n.Content {
-		list[i] = resolved(c)
-	}
-	return list
-}
-
-// template is a pod or the template of pods.
-type template struct {
-	node     *yaml.Node // has metadata and spec
-	metadata *yaml.Node
-	spec     *yaml.Node
-}
-
-// templatePaths lead from an object to its pod template.
-var templatePaths = map[string][]string{
-	"Pod": {}, "PodTemplate": {"template"},
-	"Deployment": {"spec", "template"}, "StatefulSet": {"spec", "template"}, "DaemonSet": {"spec", "template"},
-	"ReplicaSet": {"spec", "template"}, "ReplicationController": {"spec", "template"}, "Job": {"spec", "template"},
-	"CronJob": {"spec", "jobTemplate", "spec", "template"},
-}
-
-// templates finds the pod templates of an object.
-func (d *document) templates(object *yaml.Node) ([]template, error) {
-	if object = resolved(object); object == nil || object.Kind == yaml.ScalarNode && (object.Value == "" || object.Tag == "!!null") {
-		return nil, nil
-	}
-	if d.seen[object] {
-		return nil, nil
-	}
-	if d.seen == nil {
-		d.seen = make(map[*yaml.Node]bool)
-	}
-	d.seen[object] = true
-	kind := text(get(object, "kind").value)
-	if kind == "" {
-		return nil, d.at(object, "a Kubernetes object begins with apiVersion and kind", "no kind")
-	}
-	if kind == "List" || strings.HasSuffix(kind, "List") && get(object, "items").value != nil {
-		var all []template
-		var errs []error
-		for _, item := range items(get(object, "items").value) {
-			t, err := d.templates(item)
-			all, errs = append(all, t...), append(errs, err)
-		}
-		return all, errors.Join(errs...)
-	}
-	path, known := templatePaths[kind]
-	group, _, hasGroup := strings.Cut(text(get(object, "apiVersion").value), "/")
-	if !known || hasGroup && group != "apps" && group != "batch" { // a kind of the same name, of somebody else
-		return nil, nil
-	}
-	node := find(object, path...)
-	if node == nil || node.Kind != yaml.MappingNode || find(node, "spec") == nil {
-		return nil, d.at(object, "kubectl explain "+kind+" shows what it must have", "a %s without the spec of a pod", kind)
-	}
-	return []template{{node: node, metadata: find(node, "metadata"), spec: find(node, "spec")}}, nil
+	return newDocument(d.file, d.line, out.Bytes()), nil
 }

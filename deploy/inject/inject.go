@@ -18,93 +18,183 @@ import (
 )
 
 // Inject writes the sidecar into every pod template of a stream of documents, YAML or JSON. The file's name is for errors,
-// which are faults and say where; all of them are told at once, and nothing is returned then.
-func Inject(file string, stream []byte, s Settings) ([]byte, error) {
-	clean, err := Uninject(file, stream)
-	if err != nil {
-		return nil, err
-	}
-	injected, err := each(file, clean, func(d *document, t template) ([]edit, error) {
-		s, wanted, err := s.of(d, t)
-		if err != nil || !wanted {
+// which are faults and say where; all of them are told at once, and nothing is returned then. Warnings are for people, and
+// change nothing.
+func Inject(file string, stream []byte, s Settings) (injected []byte, warnings []Warning, err error) {
+	injected, err = each(file, stream, func(d *document) (*document, error) {
+		clean, err := d.uninject()
+		if err != nil {
 			return nil, err
 		}
-		if err := refuse(d, t, s); err != nil {
-			return nil, err
-		}
-		var edits []edit
-		for _, l := range s.lists() {
-			edits = append(edits, insert(d, t, l))
-		}
-		return edits, nil
+		d, more, err := clean.inject(s)
+		warnings = append(warnings, more...)
+		return d, err
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if err := proveInjected(file, clean, injected); err != nil {
-		return nil, err
-	}
-	return injected, nil
+	return injected, warnings, nil
 }
 
 // Uninject takes out what Inject wrote.
 func Uninject(file string, stream []byte) ([]byte, error) {
+	return each(file, stream, (*document).uninject)
+}
+
+// each makes another document of every one, one after the other: a stream may be long.
+func each(file string, stream []byte, of func(*document) (*document, error)) ([]byte, error) {
 	if err := readable(file, stream); err != nil {
 		return nil, err
 	}
-	clean, err := uninject(file, stream)
-	if err != nil {
-		return nil, err
-	}
-	if err := proveClean(file, stream, clean); err != nil {
-		return nil, err
-	}
-	return clean, nil
-}
-
-func uninject(file string, stream []byte) ([]byte, error) {
-	return each(file, stream, func(d *document, t template) (edits []edit, err error) {
-		for _, name := range listNames {
-			e, found, err := extract(d, t, name)
-			if err != nil {
-				return nil, err
-			}
-			if found {
-				edits = append(edits, e)
-			}
-		}
-		return edits, nil
-	})
-}
-
-// each makes the edits of every pod template.
-func each(file string, stream []byte, change func(*document, template) ([]edit, error)) ([]byte, error) {
 	var out []byte
 	var errs []error
 	for _, d := range documents(file, stream) {
-		if err := d.parse(); err != nil {
-			return nil, err
+		changed, err := of(d)
+		d.forget()
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
-		templates, err := d.templates(d.root)
-		errs = append(errs, err)
-		var edits []edit
-		done := make(map[*yaml.Node]bool) // the same by an alias
-		for _, t := range templates {
-			if done[t.spec] {
-				continue
-			}
-			done[t.spec] = true
-			e, err := change(d, t)
-			edits, errs = append(edits, e...), append(errs, err)
-		}
-		text, err := d.apply(edits)
-		errs = append(errs, err)
-		out = append(out, text...)
+		out = append(out, changed.text...)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
 	return out, nil
+}
+
+// inject writes the sidecar into a document that has none.
+func (d *document) inject(s Settings) (injected *document, warnings []Warning, err error) {
+	same := make(map[string][]list) // of pods with the same settings, of which there may be thousands
+	edits, all, err := rewrite{
+		object: func(o object, t *template) error {
+			warnings = append(warnings, warnOfObject(d, o)...)
+			switch {
+			case o.list:
+				return misplacedInList(d, o)
+			case t != nil:
+				return misplaced(d, t)
+			}
+			return nil
+		},
+		pod: func(t template) (change, error) {
+			its, wanted, err := s.of(d, t)
+			if err != nil || !wanted {
+				return change{}, err
+			}
+			if err := refuse(d, t, its); err != nil {
+				return change{}, err
+			}
+			warnings = append(warnings, warnOfOrder(d, t, its)...)
+			lists, known := same[its.key()]
+			if !known {
+				lists = its.lists()
+				same[its.key()] = lists
+			}
+			c := change{lists: lists}
+			for _, l := range c.lists {
+				c.edits = append(c.edits, insert(d, t, l))
+			}
+			return c, nil
+		},
+	}.document(d)
+	if err != nil {
+		return nil, nil, err
+	}
+	if injected, err = d.apply(edits); err != nil {
+		return nil, nil, err
+	}
+	return injected, warnings, proveInjected(d, injected, all)
+}
+
+// uninject takes the sidecar out of a document.
+func (d *document) uninject() (*document, error) {
+	clean, err := d.takeOut()
+	if err != nil {
+		return nil, err
+	}
+	return clean, proveClean(d, clean)
+}
+
+// takeOut is uninject without a proof.
+func (d *document) takeOut() (*document, error) {
+	edits, _, err := rewrite{pod: func(t template) (c change, err error) {
+		for _, name := range listNames {
+			e, found, err := extract(d, t, name)
+			if err != nil {
+				return c, err
+			}
+			if found {
+				c.edits = append(c.edits, e)
+			}
+		}
+		return c, nil
+	}}.document(d)
+	if err != nil {
+		return nil, err
+	}
+	return d.apply(edits)
+}
+
+// rewrite is what to do with a document.
+type rewrite struct {
+	object func(object, *template) error  // with every object, and its template if it has one; may be nil
+	pod    func(template) (change, error) // with every pod, once
+}
+
+// change is what becomes of a pod: edits of its text, and what they write.
+type change struct {
+	edits []edit
+	lists []list
+}
+
+// written is a pod template that was written into.
+type written struct {
+	path  []any // in the document
+	lists []list
+}
+
+// document collects the edits of a document.
+func (do rewrite) document(d *document) (edits []edit, all []written, err error) {
+	if err := d.parse(); err != nil {
+		return nil, nil, err
+	}
+	objects, err := d.objects()
+	errs := []error{err}
+	done := make(map[pod]change)
+	first := make(map[*yaml.Node]template) // of those that have this spec
+	for _, o := range objects {
+		t, err := d.template(o)
+		errs = append(errs, err)
+		if do.object != nil {
+			errs = append(errs, do.object(o, t))
+		}
+		if t == nil {
+			continue
+		}
+		c, known := done[t.pod()]
+		if !known {
+			c, err = do.pod(*t)
+			errs = append(errs, err)
+			done[t.pod()] = c
+			if other, shared := first[t.spec]; !shared && err == nil {
+				first[t.spec] = *t
+			} else if err == nil && !slices.Equal(c.edits, done[other.pod()].edits) {
+				errs = append(errs, sharedSpec(d, *t, other))
+			}
+		}
+		edits = append(edits, c.edits...)
+		if len(c.lists) > 0 {
+			all = append(all, written{path: t.path, lists: c.lists})
+		}
+	}
+	return edits, all, errors.Join(errs...)
+}
+
+// sharedSpec refuses one text for two pods that want different ones: the annotations of one would decide for the other.
+func sharedSpec(d *document, t, other template) error {
+	return d.at(t.node, "write the spec twice, without an alias, or annotate both alike",
+		"this pod and that of line %d have one spec by an alias (line %d), but annotations (%s*) that ask for different sidecars", d.line+other.node.Line, d.line+t.spec.Line, AnnotationPrefix)
 }
 
 // listNames are the lists of a pod's spec that are written into.
@@ -114,6 +204,7 @@ var listNames = []string{"initContainers", "containers", "volumes"}
 type list struct {
 	name    string
 	entries []*yaml.Node
+	data    []any // the entries as whoever reads them has them
 }
 
 // Comments around what is written in block style.
@@ -124,9 +215,9 @@ const (
 
 // insert writes the entries at the beginning of a list, which it begins where there is none.
 func insert(d *document, t template, l list) edit {
-	f := get(t.spec, l.name)
+	f := own(t.spec, l.name)
 	value := resolved(f.value)
-	first := get(t.spec, "containers").key // every pod has them
+	first := own(t.spec, "containers").key // every pod has them
 	switch {
 	case f.key == nil && isFlow(t.spec): // before the containers
 		at := d.offset(first)
@@ -154,7 +245,7 @@ func isFlow(n *yaml.Node) bool { return n.Style&yaml.FlowStyle != 0 }
 
 // extract finds what insert wrote.
 func extract(d *document, t template, name string) (e edit, found bool, err error) {
-	f := get(t.spec, name)
+	f := own(t.spec, name)
 	if f.key == nil {
 		return e, false, nil
 	}

@@ -5,7 +5,9 @@ package inject
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -33,10 +35,43 @@ func settings(change ...func(*Settings)) Settings {
 		"log-level":              {Proxy: true, Check: any},
 		"health":                 {Proxy: true, Check: any},
 	}
+	s.Configure = configure
 	for _, c := range change {
 		c(&s)
 	}
 	return s
+}
+
+// configure reads some of the flags that the containers are told.
+func configure(init, proxy map[string]string) (told Told, err error) {
+	told = Told{config.DefaultCapture(), config.DefaultProxy()}
+	scan := func(from map[string]string, name string, to any) {
+		if v, is := from[name]; is && err == nil {
+			_, err = fmt.Sscan(v, to)
+		}
+	}
+	scan(init, "proxy-uid", &told.Init.ProxyUID)
+	scan(init, "outbound-port", &told.Init.Listeners.Outbound)
+	scan(proxy, "outbound-port", &told.Proxy.Listeners.Outbound)
+	if v, is := init["on-proxy-down"]; is {
+		err = errors.Join(err, told.Init.OnProxyDown.Set(v))
+	}
+	switch v := proxy["health"]; v {
+	case "":
+	case "none":
+		told.Proxy.Health = netip.AddrPort{}
+	default:
+		var herr error
+		told.Proxy.Health, herr = netip.ParseAddrPort(v)
+		err = errors.Join(err, herr)
+	}
+	return told, err
+}
+
+// inject is Inject without its warnings.
+func inject(file string, stream []byte, s Settings) ([]byte, error) {
+	out, _, err := Inject(file, stream, s)
+	return out, err
 }
 
 // corpus is every manifest in every variation.
@@ -87,7 +122,7 @@ func mannersOf(name string) map[string]Settings {
 func TestUninjectGivesBack(t *testing.T) {
 	for name, original := range corpus(t) {
 		for manner, s := range mannersOf(name) {
-			injected, err := Inject(name, original, s)
+			injected, err := inject(name, original, s)
 			if err != nil {
 				t.Errorf("%s, %s: %v", name, manner, err)
 				continue
@@ -100,11 +135,11 @@ func TestUninjectGivesBack(t *testing.T) {
 				t.Errorf("%s, %s: %v\ninjected:\n%q\ntaken out:\n%q", name, manner, err, injected, back)
 			}
 			for _, o := range []Settings{s, settings(func(s *Settings) { s.Variant, s.Sidecar = Least, Ordinary })} {
-				between, err := Inject(name, injected, o)
+				between, err := inject(name, injected, o)
 				if err != nil {
 					t.Errorf("%s, %s, then %s: %v", name, manner, o.Variant, err)
 				}
-				if again, err := Inject(name, between, s); err != nil || !bytes.Equal(again, injected) {
+				if again, err := inject(name, between, s); err != nil || !bytes.Equal(again, injected) {
 					t.Errorf("%s, %s, then %s: %v\n%s\nis not\n%s", name, manner, o.Variant, err, again, injected)
 				}
 			}
@@ -137,7 +172,7 @@ func eachInjected(t *testing.T, try func(name string, object map[string]any)) {
 			continue
 		}
 		for manner, s := range mannersOf(name) {
-			injected, err := Inject(name, original, s)
+			injected, err := inject(name, original, s)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
@@ -192,7 +227,7 @@ func TestVariants(t *testing.T) {
 			if f.Name != "comments.yaml" && f.Name != "pod.json" {
 				continue
 			}
-			injected, err := Inject(f.Name, f.Data, s)
+			injected, err := inject(f.Name, f.Data, s)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -208,7 +243,7 @@ func TestExamples(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, v := range variants {
-		injected, err := Inject("shop.yaml", shop, settings(func(s *Settings) { s.Variant = v }))
+		injected, err := inject("shop.yaml", shop, settings(func(s *Settings) { s.Variant = v }))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -261,10 +296,10 @@ func TestErrors(t *testing.T) {
 		{"host network, as YAML 1.1 writes it", pod + "  hostNetwork: yes\n  containers: [{name: a}]\n", []string{"f.yaml:5:16: hostNetwork"}},
 		{"our port, in hexadecimal", pod + "  containers: [{name: a, ports: [{containerPort: 0x3e81}]}]\n", []string{"the container a has the port 16001"}},
 		{"a newline in a setting", "kind: Pod\nmetadata: {annotations: {pillion.dev/log-level: \"info\\n# pillion: end\"}}\nspec: {containers: [{name: a}]}\n", []string{"f.yaml:2:49:", "control characters"}},
-		{"a list within itself", "&a {kind: List, items: [*a, {spec: {}}]}\n", []string{"no kind"}},
+		{"a list within itself", "&a {kind: List, items: [*a, {spec: {}}]}\n", []string{"f.yaml:1: anchor 'a' value contains itself"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			out, err := Inject("f.yaml", []byte(tt.text), settings())
+			out, err := inject("f.yaml", []byte(tt.text), settings())
 			if err == nil {
 				t.Fatalf("no error:\n%s", out)
 			}
@@ -289,10 +324,13 @@ func TestImpossibleSettings(t *testing.T) {
 	for says, s := range map[string]Settings{
 		"no tag behind which -iptables": settings(func(s *Settings) { s.Variant, s.Image = UnprivilegedProxy, "r/p@sha256:00" }),
 		"r/p has no tag":                settings(func(s *Settings) { s.Variant, s.Image = UnprivilegedProxy, "r/p" }),
-		"has the backend redirect":      settings(func(s *Settings) { s.Variant, s.Values = UnprivilegedProxy, map[string]string{"backend": "ebpf"} }),
-		"--proxy-uid 0":                 settings(func(s *Settings) { s.Values = map[string]string{"proxy-uid": "0"} }),
+		"has the backend redirect": settings(func(s *Settings) {
+			s.Known["backend"] = Setting{Init: true}
+			s.Variant, s.Values = UnprivilegedProxy, map[string]string{"backend": "ebpf"}
+		}),
+		"--proxy-uid 0": settings(func(s *Settings) { s.Values = map[string]string{"proxy-uid": "0"} }),
 	} {
-		if out, err := Inject("f.yaml", []byte(pod), s); err == nil || !strings.Contains(err.Error(), says) {
+		if out, err := inject("f.yaml", []byte(pod), s); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v; want %q\n%s", err, says, out)
 		}
 	}
@@ -305,7 +343,7 @@ func TestNotOurs(t *testing.T) {
 		"null\n---\n~\n",
 		"%YAML 1.2\n# a comment\n---\nkind: X\n",
 	} {
-		if out, err := Inject("f.yaml", []byte(text), settings()); err != nil || string(out) != text {
+		if out, err := inject("f.yaml", []byte(text), settings()); err != nil || string(out) != text {
 			t.Errorf("%q: %v, %q", text, err, out)
 		}
 	}
@@ -315,7 +353,7 @@ func TestNotOurs(t *testing.T) {
 func TestChanged(t *testing.T) {
 	const pod = "kind: Pod\nspec:\n  initContainers:\n  - name: i\n  containers:\n  - name: a\n  volumes:\n  - name: v\n"
 	s := settings(func(s *Settings) { s.Variant, s.Sidecar = Least, Ordinary })
-	injected, err := Inject("f.yaml", []byte(pod), s)
+	injected, err := inject("f.yaml", []byte(pod), s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +372,7 @@ func TestChanged(t *testing.T) {
 		"the comments were taken away": strings.NewReplacer(begin, "#", end, "#").Replace(string(injected)),
 	} {
 		for verb, do := range map[string]func() ([]byte, error){
-			"inject":   func() ([]byte, error) { return Inject("f.yaml", []byte(text), s) },
+			"inject":   func() ([]byte, error) { return inject("f.yaml", []byte(text), s) },
 			"uninject": func() ([]byte, error) { return Uninject("f.yaml", []byte(text)) },
 		} {
 			out, err := do()
@@ -349,7 +387,7 @@ func TestChanged(t *testing.T) {
 func TestMoved(t *testing.T) {
 	const text = "kind: Pod\nmetadata: {annotations: {pillion.dev/proxy-uid: '7000', pillion.dev/outbound-port: '9001', pillion.dev/health: '[::]:9020'}}\n" +
 		"spec: {securityContext: {runAsUser: 1666}, containers: [{name: a, ports: [{containerPort: 16001}, {containerPort: 16020}]}]}\n"
-	injected, err := Inject("f.yaml", []byte(text), settings())
+	injected, err := inject("f.yaml", []byte(text), settings())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -371,7 +409,7 @@ func FuzzInject(f *testing.F) {
 			return
 		}
 		for _, s := range manners() {
-			injected, err := Inject("fuzz", clean, s)
+			injected, err := inject("fuzz", clean, s)
 			if err != nil {
 				return
 			}

@@ -43,99 +43,102 @@ func readable(file string, stream []byte) error {
 	return nil
 }
 
-// proveInjected holds what was injected against what it was injected into.
-func proveInjected(file string, clean, injected []byte) error {
-	if bytes.Equal(clean, injected) {
+// proveInjected holds what was injected against what it was injected into: taken out it is that again, and as data it is that
+// with each pod's own entries in its lists. So no alias or merge carries a sidecar to where it was not asked for.
+func proveInjected(clean, injected *document, all []written) error {
+	if len(all) == 0 && bytes.Equal(clean.text, injected.text) {
 		return nil
 	}
-	back, err := uninject(file, injected)
-	if err != nil || !bytes.Equal(back, clean) {
-		return layoutFault(file, clean, injected, err)
+	expected, errClean := clean.value()
+	clean.forget()
+	if back, err := injected.takeOut(); err != nil || !bytes.Equal(back.text, clean.text) {
+		return clean.layoutFault(err)
 	}
-	return same(file, clean, injected)
+	got, errInjected := injected.value()
+	injected.forget()
+	err := errors.Join(errClean, errInjected)
+	for _, w := range all {
+		if err == nil {
+			err = w.put(expected)
+		}
+	}
+	if err != nil || !reflect.DeepEqual(expected, got) {
+		return clean.layoutFault(err)
+	}
+	return nil
 }
 
-// proveClean holds what was taken out against what it was taken out of, and finds a sidecar that is still there.
-func proveClean(file string, stream, clean []byte) error {
-	if err := same(file, clean, stream); err != nil {
-		return err
+// put writes into a value what was written into the text that it is of.
+func (w written) put(v any) error {
+	for _, key := range append(slices.Clone(w.path), "spec") {
+		switch at := key.(type) {
+		case int:
+			list, _ := v.([]any)
+			if at >= len(list) {
+				return errNotFound
+			}
+			v = list[at]
+		case string:
+			object, _ := v.(map[string]any)
+			v = object[at]
+		}
 	}
-	for _, d := range documents(file, clean) {
-		if err := d.parse(); err != nil {
-			return err
+	spec, ok := v.(map[string]any)
+	if !ok {
+		return errNotFound
+	}
+	for _, l := range w.lists {
+		there, _ := spec[l.name].([]any)
+		spec[l.name] = append(slices.Clone(l.data), there...)
+	}
+	return nil
+}
+
+var errNotFound = errors.New("a pod is not found again")
+
+// proveClean holds what was taken out against what it was taken out of, and finds a sidecar that is still there.
+func proveClean(d, clean *document) error {
+	if !bytes.Equal(d.text, clean.text) {
+		before, errBefore := d.value()
+		after, errAfter := clean.value()
+		if err := errors.Join(errBefore, errAfter); err != nil || !reflect.DeepEqual(without(before), without(after)) {
+			return d.layoutFault(err)
 		}
-		templates, err := d.templates(d.root)
-		if err != nil {
-			return err
-		}
-		for _, t := range templates {
-			for _, list := range listNames {
-				for _, entry := range items(get(t.spec, list).value) {
-					if isOurs(list, entry) {
-						return d.at(entry, "take it out of "+list+" by hand, or start from the manifest that was injected",
-							"%s is of the sidecar, but no longer as `pillion inject` wrote it: was the manifest written anew by another program?", text(get(entry, "name").value))
-					}
-				}
+	}
+	_, _, err := rewrite{pod: func(t template) (c change, err error) { return c, stillThere(clean, t) }}.document(clean)
+	return err
+}
+
+// stillThere refuses a pod that has entries of ours, but not where Inject writes them.
+func stillThere(d *document, t template) error {
+	for _, list := range listNames {
+		for _, entry := range items(get(t.spec, list).value) {
+			if isOurs(list, entry) {
+				return d.at(entry, "take it out of "+list+" by hand, or start from the manifest that was injected",
+					"%s is of the sidecar, but no longer as `pillion inject` wrote it: was the manifest written anew by another program?", text(get(entry, "name").value))
 			}
 		}
 	}
 	return nil
 }
 
-// same reports a difference between two streams in anything but what is ours.
-func same(file string, before, after []byte) error {
-	if bytes.Equal(before, after) {
-		return nil
-	}
-	a, errA := values(file, before)
-	b, errB := values(file, after)
-	if err := errors.Join(errA, errB); err != nil || !reflect.DeepEqual(a, b) {
-		return layoutFault(file, before, after, err)
-	}
-	return nil
-}
-
-// layoutFault tells the document in which the difference is.
-func layoutFault(file string, before, after []byte, err error) error {
-	line := 1
-	docs, others := documents(file, before), documents(file, after)
-	for i, d := range docs {
-		line = d.line + 1
-		if i >= len(others) {
-			break
-		}
-		a, errA := values(file, d.text)
-		b, errB := values(file, others[i].text)
-		if errA != nil || errB != nil || !reflect.DeepEqual(a, b) {
-			break
-		}
-	}
+func (d *document) layoutFault(err error) error {
 	if err == nil {
 		err = errors.New("beside the sidecar something else would change")
 	}
 	return &config.Fault{
-		Err:  fmt.Errorf("%s:%d: the sidecar cannot be written into the text of this object, or taken out of it: %w", file, line, err),
-		Hint: "anchors, tags and merges (<<) at the lists of a pod, keys that stand twice, or behind a question mark, are not understood: write the object plainly, for example by `kubectl create --dry-run=client -o yaml -f`",
+		Err:  fmt.Errorf("%s:%d: the sidecar cannot be written into the text of this object, or taken out of it: %w", d.file, d.line+1, err),
+		Hint: "anchors, tags and merges (<<) at the lists of a pod or around them, keys that stand twice, or behind a question mark, are not understood: write the object plainly, for example by `kubectl create --dry-run=client -o yaml -f`",
 		Exit: config.ExitConfig,
 	}
 }
 
-// values are what a stream says, without what is ours.
-func values(file string, stream []byte) (all []any, err error) {
-	for _, d := range documents(file, stream) {
-		if err := d.parse(); err != nil {
-			return nil, err
-		}
-		if d.root == nil {
-			continue
-		}
-		var v any
-		if err := d.root.Decode(&v); err != nil {
-			return nil, err
-		}
-		all = append(all, without(v))
+// value is what a document says.
+func (d *document) value() (v any, err error) {
+	if err := d.parse(); err != nil || d.root == nil {
+		return nil, err
 	}
-	return all, nil
+	return v, d.root.Decode(&v)
 }
 
 // without takes our entries out of the lists of every pod in a value; a list that is empty then is not there.

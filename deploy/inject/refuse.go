@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/pillionproxy/pillion/config"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -26,13 +25,13 @@ var meshes = []struct {
 // refuse tells everything of a pod with which the capture cannot work.
 func refuse(d *document, t template, s Settings) error {
 	var f faults
-	containers := get(t.spec, "containers")
+	containers := own(t.spec, "containers")
 	if len(items(containers.value)) == 0 {
 		f.add(d, t.spec, "a pod has containers, written where the pod is: what an anchor or a merge (<<) brings cannot be added to", "a pod without containers")
 		return f.err()
 	}
 	for _, name := range listNames {
-		l := get(t.spec, name)
+		l := own(t.spec, name)
 		if l.value == nil {
 			continue
 		}
@@ -49,10 +48,8 @@ func refuse(d *document, t template, s Settings) error {
 		f.add(d, n, "capture single services on the node by their cgroup: deploy/systemd has an example; or annotate the pod with "+AnnotationPrefix+`inject: "false"`,
 			"hostNetwork: the pod has the network namespace of its node, with everything else in it")
 	}
-	for _, n := range []*yaml.Node{get(find(t.spec, "os"), "name").value, get(find(t.spec, "nodeSelector"), "kubernetes.io/os").value} {
-		if text(n) == "windows" {
-			f.add(d, n, "annotate the pod with "+AnnotationPrefix+`inject: "false"`, "the pod runs on Windows; the capture is the Linux kernel's")
-		}
+	if n := windows(t.spec); n != nil {
+		f.add(d, n, "annotate the pod with "+AnnotationPrefix+`inject: "false"`, "the pod runs on Windows; the capture is the Linux kernel's")
 	}
 	for _, m := range meshes {
 		for _, a := range m.annotations {
@@ -65,14 +62,8 @@ func refuse(d *document, t template, s Settings) error {
 		if s.InitImage == "" && (strings.Contains(s.Image, "@") || !strings.Contains(path.Base(s.Image), ":")) {
 			f.add(d, t.spec, "name the image with iptables: --init-image, or "+AnnotationPrefix+"init-image", "the image %s has no tag behind which -iptables could stand", s.Image)
 		}
-		if b := s.Values["backend"]; b != "" && b != "redirect" {
-			f.add(d, t.spec, "leave --backend out, or take another --variant", "the variant %s has the backend redirect, not %s", s.Variant, b)
-		}
 	}
-	uid := s.number("proxy-uid", config.ProxyUID)
-	if uid == 0 {
-		f.add(d, t.spec, "take another user", "--proxy-uid 0: every app that is root would be taken for the sidecar")
-	}
+	uid := s.told.Init.ProxyUID
 	if n := runAs(t.spec, uid); n != nil {
 		f.add(d, n, "let the app run as another user, or the sidecar, by "+AnnotationPrefix+"proxy-uid", "the pod runs as the user %d, which is the sidecar's: it could pass for it", uid)
 	}
@@ -136,18 +127,56 @@ func isTrue(n *yaml.Node) bool {
 	return n != nil && n.Decode(&v) == nil && v
 }
 
+// osLabels are the labels of nodes that name their system; the second until Kubernetes 1.18.
+var osLabels = []string{"kubernetes.io/os", "beta.kubernetes.io/os"}
+
+// windows is where a pod says that it runs on Windows, and nowhere else.
+func windows(spec *yaml.Node) *yaml.Node {
+	says := []*yaml.Node{get(find(spec, "os"), "name").value}
+	for _, label := range osLabels {
+		says = append(says, get(find(spec, "nodeSelector"), label).value)
+	}
+	for _, n := range says {
+		if text(n) == "windows" {
+			return n
+		}
+	}
+	terms := items(find(spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution", "nodeSelectorTerms"))
+	var first *yaml.Node
+	for _, term := range terms { // a node fits that fits one of them
+		n := demandsWindows(term)
+		if n == nil {
+			return nil
+		}
+		if first == nil {
+			first = n
+		}
+	}
+	return first
+}
+
+// demandsWindows is the expression of a term of node affinity that no node but one of Windows fits.
+func demandsWindows(term *yaml.Node) *yaml.Node {
+	for _, e := range items(find(term, "matchExpressions")) {
+		values := items(find(e, "values"))
+		others := slices.ContainsFunc(values, func(v *yaml.Node) bool { return text(v) != "windows" })
+		if slices.Contains(osLabels, text(find(e, "key"))) && text(find(e, "operator")) == "In" && len(values) > 0 && !others {
+			return e
+		}
+	}
+	return nil
+}
+
 // ports are those of the sidecar, with the flag of each.
 func (s Settings) ports() map[uint16]string {
-	l := config.DefaultShared().Listeners
-	ports := make(map[uint16]string)
-	for flag, port := range map[string]uint16{"outbound-port": l.Outbound, "inbound-port": l.Inbound, "inbound-own-port": l.InboundOwn} {
-		ports[uint16(s.number(flag, uint32(port)))] = flag
+	p := s.told.Proxy
+	l := p.Listeners
+	ports := map[uint16]string{l.Outbound: "outbound-port", l.Inbound: "inbound-port", l.InboundOwn: "inbound-own-port"}
+	if p.Admin.IsValid() {
+		ports[p.Admin.Port()] = "admin"
 	}
-	if s.Values["admin"] == "" {
-		ports[config.PortAdmin] = "admin"
-	}
-	if port := s.healthPort(); port != 0 {
-		ports[port] = "health"
+	if p.Health.IsValid() {
+		ports[p.Health.Port()] = "health"
 	}
 	return ports
 }

@@ -3,9 +3,9 @@
 package inject
 
 import (
+	"fmt"
 	"strconv"
 
-	"github.com/pillionproxy/pillion/config"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -54,18 +54,27 @@ func because(n *yaml.Node, why string) *yaml.Node {
 // lists are what a pod gets.
 func (s Settings) lists() []list {
 	sidecar := s.sidecar()
-	first := []*yaml.Node{s.init()}
-	lists := []list{{"initContainers", append(first, sidecar)}}
+	lists := []list{newList("initContainers", s.init(), sidecar)}
 	if s.Sidecar == Ordinary {
-		lists = []list{{"initContainers", first}, {"containers", []*yaml.Node{sidecar}}}
+		lists = []list{newList("initContainers", s.init()), newList("containers", sidecar)}
 	}
 	if s.Variant == Least {
-		lists = append(lists, list{"volumes", []*yaml.Node{mapping(
+		lists = append(lists, newList("volumes", mapping(
 			pair{"name", str(cgroupName)},
 			pair{"hostPath", mapping(pair{"path", str("/sys/fs/cgroup")}, pair{"type", str("Directory")})},
-		)}})
+		)))
 	}
 	return lists
+}
+
+func newList(name string, entries ...*yaml.Node) list {
+	l := list{name: name, entries: entries, data: make([]any, len(entries))}
+	for i, e := range entries {
+		if err := e.Decode(&l.data[i]); err != nil {
+			panic(fmt.Sprintf("inject: a node of our own cannot be read: %v", err)) // a fault of this package
+		}
+	}
+	return l
 }
 
 // init is the container that installs the capture and exits.
@@ -77,7 +86,6 @@ func (s Settings) init() *yaml.Node {
 			image += "-iptables"
 		}
 	}
-	told := map[string]string{}
 	var security *yaml.Node
 	var mounts *yaml.Node
 	root := []pair{{"runAsUser", integer(0)}, {"runAsGroup", integer(0)}, {"runAsNonRoot", boolean(false)}, {"readOnlyRootFilesystem", boolean(true)}}
@@ -101,7 +109,6 @@ func (s Settings) init() *yaml.Node {
 			pair{"mountPath", str("/host/sys/fs/cgroup")}, pair{"readOnly", boolean(true)},
 		))
 	case UnprivilegedProxy:
-		told["backend"] = "redirect"
 		security = confined(
 			because(str("NET_ADMIN"), "to set packet filters in the pod's network namespace"),
 			because(str("NET_RAW"), "which iptables-legacy wants"),
@@ -110,7 +117,7 @@ func (s Settings) init() *yaml.Node {
 	return mapping(
 		pair{"name", str(initName)},
 		pair{"image", str(image)},
-		pair{"args", s.args("init", func(f Setting) bool { return f.Init }, told)},
+		pair{"args", args("init", s.initFlags())},
 		pair{"securityContext", security},
 		pair{"resources", s.resources()},
 		pair{"terminationMessagePolicy", str("FallbackToLogsOnError")},
@@ -120,14 +127,14 @@ func (s Settings) init() *yaml.Node {
 
 // sidecar is the container that carries the traffic.
 func (s Settings) sidecar() *yaml.Node {
-	told := map[string]string{"listen": "loopback"}
 	added := sequence(because(str("NET_RAW"), "to listen and to dial with the addresses of others"))
 	if s.Variant == UnprivilegedProxy {
-		told["listen"], added = "any", nil
+		added = nil
 	}
-	uid := s.number("proxy-uid", config.ProxyUID)
+	uid := s.told.Init.ProxyUID
 	var restart, live, ready, startup *yaml.Node
-	if port := s.healthPort(); port != 0 {
+	if health := s.told.Proxy.Health; health.IsValid() {
+		port := health.Port()
 		live, ready = probe(port, "live", 10, 3), probe(port, "ready", 5, 3)
 		if s.Sidecar == Native {
 			startup = probe(port, "ready", 1, 60)
@@ -139,7 +146,7 @@ func (s Settings) sidecar() *yaml.Node {
 	return mapping(
 		pair{"name", str(sidecarName)},
 		pair{"image", str(s.Image)},
-		pair{"args", s.args("proxy", func(f Setting) bool { return f.Proxy }, told)},
+		pair{"args", args("proxy", s.proxyFlags())},
 		pair{"restartPolicy", restart},
 		pair{"securityContext", mapping(
 			pair{"allowPrivilegeEscalation", boolean(false)},

@@ -6,13 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"unicode"
 
-	"github.com/pillionproxy/pillion/config"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -91,25 +88,6 @@ func (p Seccomp) node() *yaml.Node {
 	return mapping(pair{"type", str(string(p))})
 }
 
-// Quantity is an amount of a resource, as Kubernetes writes it; empty: not said. It is a flag value.
-type Quantity string
-
-// quantity is k8s.io/apimachinery's resource.Quantity, without a sign.
-var quantity = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
-
-func (q *Quantity) String() string { return string(*q) }
-
-func (q *Quantity) Set(s string) error {
-	if s != "" && !quantity.MatchString(s) {
-		return fmt.Errorf("%q is no quantity, such as 100m or 64Mi", s)
-	}
-	*q = Quantity(s)
-	return nil
-}
-
-// Type names the value in help texts.
-func (q *Quantity) Type() string { return "quantity" }
-
 // Setting is a flag of `pillion init` or `pillion proxy`.
 type Setting struct {
 	Init, Proxy bool               // whose it is
@@ -130,6 +108,12 @@ type Settings struct {
 
 	Known  map[string]Setting // what init and proxy may be told, by the names of their flags
 	Values map[string]string  // what they are told
+	// Configure reads flags as init and proxy would. Its error is what they refuse of them beyond what the configurations find
+	// wrong themselves. Where it is nil they have their defaults, whatever they are told.
+	Configure func(init, proxy map[string]string) (Told, error)
+
+	told Told                  // of one pod
+	by   map[string]*yaml.Node // its annotations, by the names of the settings
 }
 
 // Default is what `pillion inject` writes without being told otherwise.
@@ -157,18 +141,19 @@ func (s *Settings) own() map[string]func(string) error {
 	}
 }
 
+// key is the same for settings of which the same is written.
+func (s Settings) key() string {
+	return fmt.Sprintf("%q", []any{s.Image, s.InitImage, s.Variant, s.Sidecar, s.InitSeccomp, s.CPURequest, s.CPULimit, s.MemoryRequest, s.MemoryLimit, s.Values})
+}
+
 // of are the settings for one pod; wanted is false where an annotation says that it wants none of it.
 func (s Settings) of(d *document, t template) (its Settings, wanted bool, err error) {
-	s.Values = maps.Clone(s.Values)
+	s.Values, s.by = maps.Clone(s.Values), make(map[string]*yaml.Node)
 	own := s.own()
 	wanted = true
 	var f faults
-	annotations := find(t.metadata, "annotations")
-	if annotations == nil || annotations.Kind != yaml.MappingNode {
-		return s, wanted, nil
-	}
-	for i := 0; i+1 < len(annotations.Content); i += 2 {
-		key, value := annotations.Content[i], resolved(annotations.Content[i+1])
+	for _, a := range fields(find(t.metadata, "annotations")) {
+		key, value := a.key, a.value
 		name, ours := strings.CutPrefix(key.Value, AnnotationPrefix)
 		if !ours {
 			continue
@@ -199,31 +184,21 @@ func (s Settings) of(d *document, t template) (its Settings, wanted bool, err er
 			f.add(d, value, "", "annotation %s: %v", key.Value, err)
 			continue
 		}
+		s.by[name] = value
 		if own[name] == nil {
 			s.Values[name] = value.Value
 		}
 	}
-	return s, wanted, f.err()
+	if err := f.err(); err != nil || !wanted {
+		return s, false, err
+	}
+	s.told, err = s.configure(d, t)
+	return s, true, err
 }
 
 func (s Settings) names(own map[string]func(string) error) []string {
 	names := append(slices.Collect(maps.Keys(own)), "inject")
 	return slices.Sorted(slices.Values(append(names, slices.Collect(maps.Keys(s.Known))...)))
-}
-
-// args are what init or proxy is told.
-func (s Settings) args(verb string, its func(Setting) bool, more map[string]string) *yaml.Node {
-	values := maps.Clone(more)
-	for name, v := range s.Values {
-		if its(s.Known[name]) {
-			values[name] = v
-		}
-	}
-	list := []*yaml.Node{str(verb)}
-	for _, name := range slices.Sorted(maps.Keys(values)) {
-		list = append(list, str("--"+name+"="+values[name]))
-	}
-	return sequence(list...)
 }
 
 // printable refuses what would end a line of the manifest.
@@ -256,26 +231,4 @@ func (s *Settings) Set(name, value string) error {
 	}
 	s.Values[name] = value
 	return nil
-}
-
-// number is a setting that is a number, or its default.
-func (s Settings) number(name string, otherwise uint32) uint32 {
-	var n uint32
-	if _, err := fmt.Sscan(s.Values[name], &n); err != nil {
-		return otherwise
-	}
-	return n
-}
-
-// healthPort is where the sidecar answers probes; 0: nowhere.
-func (s Settings) healthPort() uint16 {
-	switch v := s.Values["health"]; v {
-	case "":
-		return config.PortHealth
-	case "none":
-		return 0
-	default:
-		a, _ := netip.ParseAddrPort(v) // it was checked
-		return a.Port()
-	}
 }
