@@ -18,7 +18,7 @@ chmod 0755 "$work"
 node=pillion-demo-node
 files=$root/test/pod/testdata
 export CONTAINERS_CONF=$work/containers.conf CONTAINERS_STORAGE_CONF=$work/storage.conf CONTAINERS_REGISTRIES_CONF=$work/registries.conf
-sed "s|DIR|$work|; s|NETWORKS|networks|" "$files/containers.conf" >"$CONTAINERS_CONF"
+sed "s|DIR|$work|; s|NETWORKS|networks|; s|RUNTIME|runc|" "$files/containers.conf" >"$CONTAINERS_CONF"
 printf '[storage]\ndriver = "overlay"\ngraphroot = "%s/graph"\nrunroot = "%s/run"\n' "$work" "$work" >"$CONTAINERS_STORAGE_CONF"
 : >"$CONTAINERS_REGISTRIES_CONF"
 mkdir "$work/networks" "$work/empty"

@@ -54,7 +54,7 @@ func buildAndRun(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	if built := os.Getenv("PILLION_E2E_BINARY"); built != "" { // where there is no Go, as in the machines of test/vm
+	if built := os.Getenv("PILLION_TEST_BINARY"); built != "" { // where there is no Go, as in the machines of test/vm
 		if err := copyProgram(built, pillionPath); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1

@@ -25,6 +25,18 @@ func (s *store) buildImages(tree string) error {
 	if err := s.makeImage(tree, pillionImage); err != nil {
 		return err
 	}
+	return s.buildOthers()
+}
+
+// loadImages is the same where Pillion's own images were built before, by scripts/vm.sh.
+func (s *store) loadImages(archive string) error {
+	if _, err := s.podman("load", "--quiet", "--input="+archive); err != nil {
+		return err
+	}
+	return s.buildOthers()
+}
+
+func (s *store) buildOthers() error {
 	for _, image := range []struct {
 		name     string
 		programs []string

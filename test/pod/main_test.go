@@ -28,6 +28,10 @@ func buildAll() error {
 	if pods, err = newStore(); err != nil {
 		return err
 	}
+	if archive := os.Getenv("PILLION_TEST_IMAGES"); archive != "" { // where there is no Go, as in the machines of test/vm
+		pillionPath = os.Getenv("PILLION_TEST_BINARY")
+		return pods.loadImages(archive)
+	}
 	pillionPath = filepath.Join(pods.dir, "pillion")
 	compile := exec.Command("go", "build", "-o", pillionPath, "./cmd/pillion")
 	compile.Dir = tree
@@ -37,7 +41,12 @@ func buildAll() error {
 	return pods.buildImages(tree)
 }
 
+// nodeDecides are the tests that run under -short, as in the machines of test/vm, whose kernel, podman and cgroups are
+// not those of the host.
+var nodeDecides = []string{"TestPodsTalk", "TestContainersThatComeLater", "TestSidecarKilled"}
+
 func TestMain(m *testing.M) {
+	testnet.Short = nodeDecides
 	testnet.AgentMain()
 	status := testnet.Main(m)
 	if pods != nil {

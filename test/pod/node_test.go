@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -31,7 +32,7 @@ func newNode(t *testing.T) *node {
 	testnet.NeedRoot(t)
 	for _, program := range [][2]string{
 		{"podman", "podman"},
-		{"runc", "runc"},
+		{ociRuntime(), "runc"},
 		{"conmon", "conmon"},
 		{"/usr/lib/podman/netavark", "netavark"},
 		{"nginx", "nginx-light"},
@@ -149,14 +150,39 @@ func (p *pod) curl(url string, args ...string) result {
 // logs are what a container wrote.
 func (p *pod) logs(container string) string {
 	p.t.Helper()
-	return p.must(p.podman("logs", p.container(container)))
+	return readLog(p.t, p.logFile(container))
+}
+
+func (p *pod) logFile(container string) string {
+	p.t.Helper()
+	return strings.TrimSpace(p.must(p.podman("container", "inspect", "--format={{.HostConfig.LogConfig.Path}}", p.container(container))))
+}
+
+// readLog reads what a runtime wrote as Kubernetes has it, TIME STREAM F|P TEXT: a text with P goes on in the next line.
+func readLog(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.SplitN(line, " ", 4); len(fields) == 4 {
+			if fields[2] == "P" {
+				fields[3] = strings.TrimSuffix(fields[3], "\n")
+			}
+			text.WriteString(fields[3])
+		}
+	}
+	return text.String()
 }
 
 // waitLog waits until a container has written something.
 func (p *pod) waitLog(container, what string) {
 	p.t.Helper()
+	file := p.logFile(container)
 	testnet.Wait(p.t, fmt.Sprintf("%s writes %q", p.container(container), what), func() bool {
-		return strings.Contains(p.logs(container), what)
+		return strings.Contains(readLog(p.t, file), what)
 	})
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -50,8 +51,16 @@ func (s *store) configure(networks string) error {
 	if err != nil {
 		return err
 	}
-	text = []byte(strings.NewReplacer("DIR", s.dir, "NETWORKS", networks).Replace(string(text)))
+	text = []byte(strings.NewReplacer("DIR", s.dir, "NETWORKS", networks, "RUNTIME", ociRuntime()).Replace(string(text)))
 	return os.WriteFile(filepath.Join(s.dir, networks+".conf"), text, 0o644)
+}
+
+// ociRuntime is what podman starts containers with: runc, which takes a hybrid hierarchy of cgroups, or else crun.
+func ociRuntime() string {
+	if _, err := exec.LookPath("runc"); err != nil {
+		return "crun"
+	}
+	return "runc"
 }
 
 // parents are the cgroups in which podman puts pods and its monitors, in every hierarchy of either version.

@@ -14,9 +14,11 @@ import (
 // variants are the ways to write the pod that podman can run: it knows no native sidecars.
 var variants = []string{"privileged", "least", "unprivileged-proxy"}
 
-// variant are the flags of one. The seccomp profile of podman 4.3 allows bpf(2) to CAP_SYS_ADMIN alone.
+// variant are the flags of one. The seccomp profile of podman 4.3 allows bpf(2) to CAP_SYS_ADMIN alone; later ones allow
+// it to CAP_BPF.
 func variant(v string) []string {
-	if v == "least" {
+	profile, _ := os.ReadFile("/usr/share/containers/seccomp.json")
+	if v == "least" && !strings.Contains(string(profile), "CAP_BPF") {
 		return []string{"--variant=least", "--init-seccomp=Unconfined"}
 	}
 	return []string{"--variant=" + v}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/test/vm/initramfs"
@@ -30,6 +31,12 @@ var hostPrograms = []string{
 // hostPlugins are folders of what those programs load by themselves.
 var hostPlugins = []string{"/usr/lib/x86_64-linux-gnu/xtables"}
 
+// nodeSkips are folders of packages that no program reads.
+var nodeSkips = []string{
+	"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/i18n", "usr/share/info", "usr/share/lintian", "usr/share/bash-completion",
+	"usr/lib/x86_64-linux-gnu/gconv", "var/cache", "var/lib/dpkg",
+}
+
 // accounts are users that every node has, and one that is nobody's.
 const (
 	passwd = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\nuser:x:1000:1000::/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
@@ -45,7 +52,9 @@ var bootModules = []string{"veth", "sch_ingress", "cls_bpf", "nf_conntrack"}
 type content struct {
 	guest, pillion string // pillion may be empty
 	suites         []suite
-	binary         string // of the user; may be empty
+	binary         string   // of the user; may be empty
+	files          []string // as HERE=THERE
+	node           string   // folder with the programs; empty: this host's
 }
 
 // The places of programs in the guest.
@@ -77,18 +86,19 @@ func (c content) writeCommon(file string, required []string) error {
 	if c.binary != "" {
 		a.Copy(guestBinary, c.binary)
 	}
+	for _, f := range c.files {
+		here, there, _ := strings.Cut(f, "=")
+		a.Copy(there, here)
+	}
 	for _, s := range c.suites {
 		a.Copy(path.Join(s.guestDir(), "suite.test"), s.binary)
 		a.Tree(path.Join(s.guestDir(), "testdata"), filepath.Join(s.dir, "testdata"))
 	}
 	var errs []error
-	for _, name := range hostPrograms {
-		if p, ok := initramfs.FindProgram(name); ok {
-			errs = append(errs, a.Program(p))
-		}
-	}
-	for _, dir := range hostPlugins {
-		errs = append(errs, a.Plugins(dir))
+	if c.node != "" {
+		a.Tree("/", c.node, nodeSkips...)
+	} else {
+		errs = hostContent(a)
 	}
 	for _, name := range required {
 		p, ok := initramfs.FindProgram(name)
@@ -102,6 +112,19 @@ func (c content) writeCommon(file string, required []string) error {
 		return fmt.Errorf("write the initramfs: %w", err)
 	}
 	return nil
+}
+
+// hostContent adds programs of this host.
+func hostContent(a *initramfs.Archive) (errs []error) {
+	for _, name := range hostPrograms {
+		if p, ok := initramfs.FindProgram(name); ok {
+			errs = append(errs, a.Program(p))
+		}
+	}
+	for _, dir := range hostPlugins {
+		errs = append(errs, a.Plugins(dir))
+	}
+	return errs
 }
 
 // writeInitrd writes the archive of one machine: the common one, then its modules and its plan.

@@ -16,6 +16,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,6 +34,7 @@ const usage = `usage: vm [FLAGS]                          the tests of this tree
   go run ./test/vm -kernels 5.10,6.12 -- ./capture.test -test.v
   go run ./test/vm -kernels 6.1 -run 'TestClosedPort|TestHalfClose'
   go run ./test/vm -kernels newest -programs tcpdump,curl -- ./app
+  go run ./test/vm -packages podman,crun,netavark -memory 3072 -files images.tar=/images.tar -- ./pods.test
 
 A program finds a root file system of its own with /proc, /sys, bpffs, a pure cgroup2 hierarchy and lo, the kernel's
 network modules (loaded when asked for), and the host's iptables, ip, tc, curl and sh. There is one processor and no way out.
@@ -55,6 +57,9 @@ type options struct {
 	refresh  bool
 	cache    string
 	programs []string
+	packages []string
+	files    []string
+	environ  []string
 	memory   int
 	jobs     int
 	timeout  time.Duration
@@ -113,6 +118,9 @@ func parse(args []string, stdout io.Writer) (o options, err error) {
 	flags.BoolVar(&o.refresh, "refresh", false, "ask the archive for newer kernels, though it was asked within a day")
 	flags.StringVar(&o.cache, "cache", "", "folder for kernels (default pillion/vm in the user's cache)")
 	flags.Func("programs", "more programs of this host to take along", list(&o.programs))
+	flags.Func("packages", "take the programs of these packages of Debian stable and of what they depend on, instead of this host's", list(&o.packages))
+	flags.Func("files", "take along files, as HERE=THERE", list(&o.files))
+	flags.Func("env", "variables for the tests, as NAME=VALUE", list(&o.environ))
 	flags.IntVar(&o.memory, "memory", 1536, "of each machine, in MiB")
 	flags.IntVar(&o.jobs, "jobs", 2, "machines at a time")
 	flags.DurationVar(&o.timeout, "timeout", 0, "of each machine (default 8m, with -full 45m)")
@@ -139,6 +147,14 @@ func parse(args []string, stdout io.Writer) (o options, err error) {
 	}
 	if len(o.argv) > 0 && (len(o.suites) > 0 || o.run != "" || o.full || o.table != "") {
 		return o, usageError("-suites, -run, -full and -table are for the tests of this tree, not for a program")
+	}
+	if len(o.programs) > 0 && len(o.packages) > 0 {
+		return o, usageError("-programs are of this host, -packages of Debian's: give one of them")
+	}
+	for _, f := range o.files {
+		if here, there, ok := strings.Cut(f, "="); !ok || here == "" || !path.IsAbs(there) {
+			return o, usageError("-files %q: write HERE=/THERE", f)
+		}
 	}
 	if o.jobs < 1 || o.memory < 256 || o.timeout < 0 {
 		return o, usageError("-jobs %d, -memory %d, -timeout %s: at least 1 machine, 256 MiB and a second", o.jobs, o.memory, o.timeout)

@@ -67,7 +67,7 @@ func (o options) do(ctx context.Context, p *printer, getenv func(string) string)
 	}
 	defer os.RemoveAll(work)
 
-	c := content{suites: suites}
+	c := content{suites: suites, files: o.files}
 	if len(o.argv) > 0 {
 		c.binary = o.argv[0]
 	}
@@ -84,6 +84,11 @@ func (o options) do(ctx context.Context, p *printer, getenv func(string) string)
 		}
 		if len(suites) == 0 {
 			c.pillion = ""
+		}
+		if len(o.packages) > 0 {
+			if c.node, buildErr = store.Unpack(ctx, o.packages, o.refresh); buildErr != nil {
+				return
+			}
 		}
 		buildErr = c.writeCommon(common, o.programs)
 		p.say("compiled in %.1f s", time.Since(began).Seconds())
@@ -245,7 +250,7 @@ func (o options) plan(suites []suite) wire.Plan {
 		}
 		plan.Jobs = append(plan.Jobs, wire.Job{
 			Name: s.name, Path: s.guestDir() + "/suite.test", Args: args, Dir: s.guestDir(), Timeout: limit + grace/3,
-			Env: []string{"PILLION_E2E_BINARY=" + guestPillion, "PILLION_TEST_SLOWNESS=3"},
+			Env: append([]string{"PILLION_TEST_BINARY=" + guestPillion, "PILLION_TEST_SLOWNESS=3"}, o.environ...),
 		})
 	}
 	return plan

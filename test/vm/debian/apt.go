@@ -75,12 +75,17 @@ func (m Mirrors) sources() string {
 	return b.String()
 }
 
+// nodeSources is the list of sources for Unpack.
+func (m Mirrors) nodeSources() string {
+	return fmt.Sprintf("deb [signed-by=%s] %s %s main\ndeb [signed-by=%s] %s %s-security main\n", keyring, m.Main, nodeRelease, keyring, m.Security, nodeRelease)
+}
+
 // apt is a configuration of apt of our own: it reads how to reach the network from the machine's, and nothing else, and
 // writes only below its folder.
 type apt struct{ dir string }
 
 // newAPT makes the folder.
-func newAPT(dir string, m Mirrors) (apt, error) {
+func newAPT(dir, sources string) (apt, error) {
 	if _, err := os.Stat(keyring); err != nil {
 		return apt{}, &config.Fault{Err: err, Hint: "apt-get install debian-archive-keyring"}
 	}
@@ -89,7 +94,11 @@ func newAPT(dir string, m Mirrors) (apt, error) {
 			return apt{}, err
 		}
 	}
-	return apt{dir}, writeFile(filepath.Join(dir, "sources.list"), []byte(m.sources()))
+	// Nothing is installed, by that list.
+	if err := writeFile(filepath.Join(dir, "status"), nil); err != nil {
+		return apt{}, err
+	}
+	return apt{dir}, writeFile(filepath.Join(dir, "sources.list"), []byte(sources))
 }
 
 // command prepares apt-get or apt-cache.
@@ -100,6 +109,7 @@ func (a apt) command(ctx context.Context, program string, args ...string) *exec.
 		"Dir::Etc::sourcelist=" + filepath.Join(a.dir, "sources.list"), "Dir::Etc::sourceparts=/dev/null",
 		"Dir::Etc::preferences=/dev/null", "Dir::Etc::preferencesparts=/dev/null",
 		"Dir::State::lists=" + filepath.Join(a.dir, "lists"), "Dir::Cache=" + filepath.Join(a.dir, "cache"),
+		"Dir::State::status=" + filepath.Join(a.dir, "status"), "Debug::NoLocking=true",
 		"APT::Architecture=amd64", "APT::Architectures=amd64", "APT::Sandbox::User=root", "APT::Update::Post-Invoke-Success=",
 		"Acquire::Languages=none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false", "Acquire::Retries=1",
 		"APT::Get::List-Cleanup=false", "APT::Update::Error-Mode=any",
@@ -116,7 +126,7 @@ func (a apt) run(cmd *exec.Cmd) ([]byte, error) {
 	cmd.Stdout, cmd.Stderr = &out, &stderr
 	if err := cmd.Run(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) {
-			return nil, &config.Fault{Err: err, Hint: "kernels come by Debian's apt: run this on Debian or a derivative"}
+			return nil, &config.Fault{Err: err, Hint: "packages come by Debian's apt: run this on Debian or a derivative"}
 		}
 		return nil, fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, tail(stderr.String()+out.String(), 6))
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package debian finds and fetches the newest kernel of each wanted series from Debian's archive.
+// Package debian finds and fetches the newest kernel of each wanted series from Debian's archive, and programs of it.
 //
 // What always holds: what the store hands out has the hash that the signed lists of the archive say, checked each time; a
 // file is in the cache whole or not at all; the machine's own apt is read and never changed; and a kernel that cannot be
@@ -130,7 +130,7 @@ func (s *Store) load() error {
 // ask asks the archive what kernels it has.
 func (s *Store) ask(ctx context.Context) (index, error) {
 	s.say("asking the archive for kernels")
-	a, err := newAPT(filepath.Join(s.dir, "apt"), s.mirrors)
+	a, err := newAPT(filepath.Join(s.dir, "apt"), s.mirrors.sources())
 	if err != nil {
 		return index{}, fullDisk(err)
 	}
@@ -167,7 +167,7 @@ func noArchive(err error) error {
 	if isFull(err) {
 		return fullDisk(err)
 	}
-	return &config.Fault{Err: fmt.Errorf("ask the archive for kernels: %w", err), Hint: fmt.Sprintf("is there a network? Another mirror is named by %s and %s", MainVariable, SecurityVariable)}
+	return &config.Fault{Err: fmt.Errorf("ask the archive: %w", err), Hint: fmt.Sprintf("is there a network? Another mirror is named by %s and %s", MainVariable, SecurityVariable)}
 }
 
 // isFull reports whether an error tells of a full disk, apt's word for it included.
@@ -241,7 +241,7 @@ func check(file, want string) error {
 func (s *Store) download(ctx context.Context, p Package, file string) error {
 	began := time.Now()
 	s.say("downloading %s %s (%d MB)", p.Name, p.Version, p.Size>>20)
-	a, err := newAPT(filepath.Join(s.dir, "apt"), s.mirrors)
+	a, err := newAPT(filepath.Join(s.dir, "apt"), s.mirrors.sources())
 	if err != nil {
 		return fullDisk(err)
 	}

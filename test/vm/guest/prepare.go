@@ -43,6 +43,9 @@ var limits = []struct {
 // prepare makes the machine what a node is before its first service, and opens the line to the host.
 func prepare() (line *os.File, err error) {
 	unix.Umask(0o022)
+	if err := pivotable(); err != nil {
+		return nil, err
+	}
 	for _, m := range mounts {
 		if err := os.MkdirAll(m.at, 0o755); err == nil {
 			err = unix.Mount(m.kind, m.at, m.kind, 0, m.options)
@@ -78,6 +81,19 @@ func prepare() (line *os.File, err error) {
 		return line, fmt.Errorf("set lo up: %w", err)
 	}
 	return line, unix.Sethostname([]byte("vm"))
+}
+
+// pivotable gives the machine a root that a container's runtime can leave: pivot_root(2) refuses the one that a kernel
+// unpacks its initramfs to, which is not mounted on anything.
+func pivotable() error {
+	const at = "/mnt"
+	if err := errors.Join(os.MkdirAll(at, 0o755), unix.Mount("/", at, "", unix.MS_BIND, ""), os.Chdir(at)); err != nil {
+		return fmt.Errorf("bind the root: %w", err)
+	}
+	if err := errors.Join(unix.Mount(".", "/", "", unix.MS_MOVE, ""), unix.Chroot("."), os.Chdir("/")); err != nil {
+		return fmt.Errorf("move the root: %w", err)
+	}
+	return nil
 }
 
 // openLine opens a serial line that passes bytes on as they are.

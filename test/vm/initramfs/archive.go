@@ -15,6 +15,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cavaliergopher/cpio"
@@ -122,8 +123,9 @@ func (a *Archive) Copy(name, hostPath string) {
 	a.File(name, info.Mode(), content)
 }
 
-// Tree adds a folder of the host and the regular files below it, under the given name. That there is none is no error.
-func (a *Archive) Tree(name, hostPath string) {
+// Tree adds a folder of the host and what is below it, under the given name, but for the folders below it that are to be
+// skipped: directories, links as they are, and regular files. That there is none is no error.
+func (a *Archive) Tree(name, hostPath string, skip ...string) {
 	err := filepath.WalkDir(hostPath, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -133,10 +135,18 @@ func (a *Archive) Tree(name, hostPath string) {
 			return err
 		}
 		switch to := path.Join(name, filepath.ToSlash(rel)); {
+		case d.IsDir() && slices.Contains(skip, filepath.ToSlash(rel)):
+			return filepath.SkipDir
 		case d.IsDir():
 			a.Dir(to, 0o755)
 		case d.Type().IsRegular():
 			a.Copy(to, p)
+		case d.Type() == fs.ModeSymlink:
+			target, err := os.Readlink(p)
+			if err != nil {
+				return err
+			}
+			a.Link(to, target)
 		}
 		return nil
 	})
