@@ -4,6 +4,8 @@ package iptables
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -84,7 +86,8 @@ func jumpsToUs(line string) bool {
 	return strings.Contains(line, " -j "+chainPrefix) || strings.Contains(line, " -g "+chainPrefix)
 }
 
-// wanted is the state that a table of a plan is to have, with the rules that are in no plan.
+// wanted is the state that a table of a plan is to have, with the rules that are in no plan. The comments of the jumps end
+// with the digest of the table, so that two plans whose rules differ in their matches alone are not taken for the same.
 func wanted(t redirect.Table, tool Tool, more []redirect.PacketRule) state {
 	s := state{Tool: tool, Table: t.Name, Chains: t.Chains, First: true}
 	for _, r := range slices.Concat(t.Rules, more) {
@@ -93,10 +96,21 @@ func wanted(t redirect.Table, tool Tool, more []redirect.PacketRule) state {
 		}
 		s.Rules = append(s.Rules, line(r))
 	}
+	sum := digest(t)
 	for _, j := range t.Jumps {
+		j.Why += " [" + sum + "]"
 		s.Jumps = append(s.Jumps, line(j))
 	}
 	return s
+}
+
+// digest is of all that a plan says about a table.
+func digest(t redirect.Table) string {
+	h := sha256.New()
+	for _, r := range slices.Concat(t.Rules, t.Jumps) {
+		fmt.Fprintln(h, line(r))
+	}
+	return hex.EncodeToString(h.Sum(nil)[:4])
 }
 
 // only is the part of a state that is one of our chains; but is the rest.
@@ -185,7 +199,7 @@ func at(list []state, tool Tool, table string) (state, bool) {
 }
 
 // sameAs reports whether the state is the wanted one. The program that lists rules writes them in its own words, so they
-// are compared by their comments, which say what each is for, and by their targets.
+// are compared by their comments, which say what each is for and which plan they are of, and by their targets.
 func (s state) sameAs(want state) bool {
 	return s.First && slices.Equal(gist(s.Rules), gist(want.Rules)) && slices.Equal(gist(s.Jumps), gist(want.Jumps))
 }

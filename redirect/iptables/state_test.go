@@ -66,6 +66,24 @@ func TestPolicyIsReadAsItWasWritten(t *testing.T) {
 	}
 }
 
+// Two plans whose rules have the same comments and targets are told apart.
+func TestAnotherMatchIsAnotherState(t *testing.T) {
+	table := func(match string) redirect.Table {
+		return redirect.Table{
+			Name: "mangle", Chains: []string{chainOut},
+			Rules: []redirect.PacketRule{{Chain: chainOut, Match: match, Target: "-j RETURN", Why: "the proxy's own"}},
+			Jumps: []redirect.PacketRule{{Chain: "OUTPUT", Match: "-p tcp", Target: "-j " + chainOut, Why: "what the host sends"}},
+		}
+	}
+	is := wanted(table("--sport 20000"), Tool{}, nil)
+	if !is.sameAs(wanted(table("--sport 20000"), Tool{}, nil)) {
+		t.Error("a table is not the same as itself")
+	}
+	if is.sameAs(wanted(table("--sport 20001"), Tool{}, nil)) {
+		t.Error("a table with another match is the same")
+	}
+}
+
 func TestCommentsAreReadAsTheyWereWritten(t *testing.T) {
 	for _, why := range []string{"word", "two words", `a "quoted" one`, `back\slash`, "-j ACCEPT", "it's -g PILLION_OUT", "§ über"} {
 		r := redirect.PacketRule{Chain: chainOut, Match: "-p tcp", Target: "-j RETURN", Why: why}
