@@ -11,19 +11,70 @@ import (
 )
 
 func TestPodAboveAContainer(t *testing.T) {
-	const uid = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
-	for container, want := range map[string]string{
-		// systemd driver, containerd and CRI-O; the latter's runtime may add a level of its own
-		"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f1e2d3c_4b5a.slice/cri-containerd-ab.scope": "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f1e2d3c_4b5a.slice",
-		"/kubepods.slice/kubepods-pod0f1e2d3c_4b5a.slice/crio-ab.scope/container":                                    "/kubepods.slice/kubepods-pod0f1e2d3c_4b5a.slice",
-		"/kubepods/besteffort/pod" + uid + "/ab":                                                                     "/kubepods/besteffort/pod" + uid,
-		"/machine.slice/libpod_pod_" + strings.Repeat("ab", 32) + ".slice/libpod-cd.scope":                           "/machine.slice/libpod_pod_" + strings.Repeat("ab", 32) + ".slice",
-		"/libpod_parent/" + strings.Repeat("ab", 32) + "/libpod-cd":                                                  "/libpod_parent/" + strings.Repeat("ab", 32),
-		"/shop/app": "/shop",
-		"/app":      "",
+	const (
+		uid     = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
+		escaped = "0f1e2d3c_4b5a_6978_8796_a5b4c3d2e1f0"
+		hex     = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+	)
+	id := strings.Repeat("ab", 32)
+	// The pod of each is what stands before the "|".
+	for _, path := range []string{
+		"/kubepods/burstable/pod" + uid + "|/" + id,
+		"/kubepods/pod" + uid + "|",
+		"/kubepods/besteffort/pod" + hex + "|/" + id + "/container",
+		"/kubepods/burstable/podof-a-file|/crio-" + id,
+		"/kubepods/burstable/pod" + uid + "|/pod" + uid,
+		"/kubepods/burstable/pod" + uid + "|/burstable/pod" + uid,
+		"/kubepods.slice/kubepods-pod" + escaped + ".slice|/cri-containerd-ab.scope",
+		"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + hex + ".slice|/crio-ab.scope/container",
+		"/kubepods-burstable-pod" + escaped + ".slice|/cri-containerd-ab.scope", // only a part of the hierarchy is mounted
+		"/a.slice/a-kubepods.slice/a-kubepods-besteffort.slice/a-kubepods-besteffort-pod" + escaped + ".slice|/x/y",
+		"/kubepods/pod" + uid + "/" + id + "/kubelet/kubepods/pod" + hex + "|/" + id,
+		"/kubepods.slice/kubepods-pod" + escaped + ".slice/cri-containerd-ab.scope/kubelet/kubepods/burstable/pod" + uid + "|/" + id,
+		"/kubepods.slice/kubepods-pod" + escaped + ".slice|/cri-containerd-ab.scope/docker/" + id,
+		"/kubepods/pod" + uid + "|/kubepods-pod" + escaped + ".slice", // in no kubepods.slice
+		"/machine.slice/libpod_pod_" + id + ".slice|/libpod-cd.scope",
+		"/user.slice/user-1000.slice/user@1000.service/user.slice/user-libpod_pod_" + id + ".slice|/libpod-cd.scope/container",
+		"/libpod_parent/" + id + "|/libpod-cd",
+		"/shop/" + id + "|/libpod-cd/container",
+		// Those have none: others' containers lie beside them.
+		"|/libpod_parent/libpod-" + id,
+		"|/docker/" + id,
+		"|/system.slice/docker-" + id + ".scope",
+		"|/system.slice/containerd.service/kubepods-burstable-pod" + escaped + ".slice:cri-containerd:" + id,
+		"|/kubepods/burstable/" + id,
+		"|/kubepods/pod",
+		"|/burstable/pod" + uid,
+		"|/shop/app",
+		"|/app",
+		"|/",
+		"|",
 	} {
-		if got := podAbove(container); got != want {
-			t.Errorf("pod above %s: %q, want %q", container, got, want)
+		want, _, _ := strings.Cut(path, "|")
+		if got := podAbove(strings.Replace(path, "|", "", 1)); got != want {
+			t.Errorf("pod above %s: %q, want %q", path, got, want)
+		}
+	}
+}
+
+// TestPathUnderAMount: what lies above our cgroup namespace has no name, so that no path says where it is.
+func TestPathUnderAMount(t *testing.T) {
+	for _, tt := range []struct{ root, name, want string }{
+		{"/", "/", "/m"},
+		{"/", "/a/b", "/m/a/b"},
+		{"/a", "/a", "/m"},
+		{"/a", "/a/b", "/m/b"},
+		{"/a", "/ab", ""},
+		{"/a", "/", ""},
+		{"/", "/../a", ""},
+		{"/..", "/", ""},
+		{"/../..", "/a", ""},
+		{"/..", "/../a", "/m/a"},
+		{"/..", "/../../a", ""},
+	} {
+		m := Mount{Point: "/m", Root: tt.root}
+		if got, ok := m.path(tt.name); got != tt.want || ok != (tt.want != "") {
+			t.Errorf("cgroup %s under a mount of %s: %q, want %q", tt.name, tt.root, got, tt.want)
 		}
 	}
 }

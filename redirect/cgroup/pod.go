@@ -3,205 +3,138 @@
 package cgroup
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
-
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
-	"github.com/cilium/ebpf/rlimit"
-	"github.com/pillionproxy/pillion/bpf"
-	"github.com/pillionproxy/pillion/config"
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
-// FindPod opens the cgroup of the pod that this container is part of, and says how it was found. The ways are tried in
-// this order:
+// place is where this process's cgroup is in a hierarchy.
+type place struct {
+	path  string // names, from the top of what is seen of the hierarchy
+	whole bool   // that top is the hierarchy's own: no other way can tell more
+	open  func(above string) (*Dir, error)
+	how   string
+}
+
+// FindPod opens the cgroup of the pod that this container is part of, and says how it was found. The pod is the innermost
+// one that the names of the cgroups above tell. The ways to those names are tried in this order:
 //
 //  1. the path in /proc/self/cgroup, where the host's cgroup namespace is ours (containerd and CRI-O give it to
 //     privileged containers);
 //  2. the host's hierarchy mounted somewhere: the directory with the inode number of our own cgroup;
-//  3. the kernel: a program attached to our own cgroup reads the ids of the cgroups above it, and the pod's is opened by
-//     its id. It needs CAP_DAC_READ_SEARCH and a seccomp profile that allows open_by_handle_at(2).
+//  3. the kernel: a program attached to our own cgroup reads the ids of the cgroups above it, which are then opened by
+//     their ids. It needs CAP_DAC_READ_SEARCH and a seccomp profile that allows open_by_handle_at(2).
 //
-// Its errors are faults that say what was seen and what to mount.
+// Where the names tell no pod, there is none: whatever else is above may hold containers of others. Its errors are faults
+// that say what was seen and what to change.
 func FindPod() (dir *Dir, how string, err error) {
-	own, err := Own()
-	if err != nil {
+	if dir, how, err = findPod(); err != nil {
 		return nil, "", seen(err)
 	}
-	if own != "/" && !strings.HasPrefix(own, "/..") {
-		d, err := podAbovePath(own)
-		return d, "own cgroup namespace path " + own, err
-	}
-	self, err := OwnDir()
+	return dir, how, nil
+}
+
+func findPod() (*Dir, string, error) {
+	own, err := Own()
 	if err != nil {
+		return nil, "", err
+	}
+	mounts, err := Mounts()
+	if err != nil {
+		return nil, "", err
+	}
+	named := ownPlace(own, mounts)
+	dir, err := named.pod()
+	if err == nil || named.whole {
+		return dir, named.how, err
+	}
+	self, serr := ownDir()
+	if serr != nil {
+		if errors.As(err, new(noPodError)) {
+			err = serr // else the name is known, and why it was not opened tells more
+		}
 		return nil, "", err
 	}
 	defer self.Close()
 	if self.ID == rootID {
-		return nil, "", seen(errors.New("this process is in the root cgroup: no pod is above it"))
+		return nil, "", noPodError("/")
 	}
-	if path := containerPath(self); path != "" {
-		d, err := podAbovePath(path)
-		return d, "inode of the own cgroup under a mounted host hierarchy", err
+	for _, m := range mounts {
+		under, ok := placeUnder(m, self)
+		if !ok {
+			continue
+		}
+		if dir, err = under.pod(); err == nil || under.whole {
+			return dir, under.how, err
+		}
 	}
-	d, err := podByAncestry(self)
+	told, err := toldByKernel(self)
 	if err != nil {
-		return nil, "", seen(fmt.Errorf("the cgroup above this container cannot be found: no host hierarchy is mounted, and the kernel did not tell: %w", err))
+		return nil, "", fmt.Errorf("no mount shows the cgroups above this container, and the kernel did not tell them: %w", err)
 	}
-	return d, "ids of the cgroups above, told by the kernel", nil
+	dir, err = told.pod()
+	return dir, told.how, err
 }
 
 // rootID is the inode number of the root of a cgroup2 hierarchy.
 const rootID = 1
 
-// podDir matches the pod's directory with both drivers: pod<uid>, kubepods-burstable-pod<uid>.slice, and podman's.
-var podDir = regexp.MustCompile(`(^|-)pod[0-9a-f]{8}[-_]|^libpod_pod_|^pod[0-9a-f]{32,}`)
+// noPodError says that no name above a cgroup, or its own, is one of a pod.
+type noPodError string
 
-// podAbove is the pod's directory above a container's: by its name, else the parent. "" at the top.
-func podAbove(container string) string {
-	for p := container; p != "/" && p != "."; p = filepath.Dir(p) {
-		if podDir.MatchString(filepath.Base(p)) {
-			return p
-		}
-	}
-	if parent := filepath.Dir(container); parent != "/" {
-		return parent
-	}
-	return ""
-}
+func (e noPodError) Error() string { return fmt.Sprintf("cgroup %s has no pod above it", string(e)) }
 
-// podAbovePath opens the pod above a container, whose path is either absolute under a mount, or one of /proc/self/cgroup.
-func podAbovePath(container string) (*Dir, error) {
-	mounts, err := Mounts()
-	if err != nil {
-		return nil, err
-	}
-	pod := podAbove(container)
+// pod opens the innermost pod on the way to a place. The error is a noPodError if there is none.
+func (p place) pod() (*Dir, error) {
+	pod := podAbove(p.path)
 	if pod == "" {
-		return nil, seen(fmt.Errorf("cgroup %s has no pod above it", container))
+		return nil, noPodError(p.path)
 	}
+	dir, err := p.open(pod)
+	if err != nil {
+		return nil, fmt.Errorf("the pod's cgroup %s: %w", pod, err)
+	}
+	return dir, nil
+}
+
+// ownPlace is what /proc/self/cgroup says.
+func ownPlace(own string, mounts []Mount) place {
+	const initialCgroupNS = "cgroup:[4026531835]" // PROC_CGROUP_INIT_INO in include/linux/proc_ns.h
+	ns, err := os.Readlink("/proc/self/ns/cgroup")
+	return place{
+		path:  own,
+		whole: err == nil && ns == initialCgroupNS && own != "/",
+		open:  func(above string) (*Dir, error) { return openNamed(mounts, above) },
+		how:   "own cgroup namespace path " + own,
+	}
+}
+
+// placeUnder is where our own cgroup is under a mount; false if it is not.
+func placeUnder(m Mount, self *Dir) (place, bool) {
+	path := m.find(hasID(self.ID))
+	if path == "" {
+		return place{}, false
+	}
+	point := strings.TrimSuffix(m.Point, "/")
+	info, err := os.Stat(m.Point)
+	return place{
+		path:  strings.TrimPrefix(path, point),
+		whole: err == nil && info.Sys().(*syscall.Stat_t).Ino == rootID,
+		open:  func(above string) (*Dir, error) { return open(point + above) },
+		how:   "inode of the own cgroup under a mounted host hierarchy",
+	}, true
+}
+
+// openNamed opens a cgroup by its path in our cgroup namespace.
+func openNamed(mounts []Mount, name string) (*Dir, error) {
 	for _, m := range mounts {
-		path := pod
-		if !strings.HasPrefix(container, m.Point+"/") {
-			rel, err := filepath.Rel(m.Root, pod)
-			if err != nil || strings.HasPrefix(rel, "..") {
-				continue
+		if path, ok := m.path(name); ok {
+			if d, err := open(path); err == nil {
+				return d, nil
 			}
-			path = filepath.Join(m.Point, rel)
-		}
-		if path == m.Point {
-			continue
-		}
-		if d, err := Open(path); err == nil {
-			return d, nil
 		}
 	}
-	if d, err := openUnmounted(pod); err == nil {
-		return d, nil
-	}
-	return nil, seen(fmt.Errorf("the pod's cgroup %s is under no mount", pod))
-}
-
-// containerPath finds our own cgroup in a hierarchy that shows more than our own cgroup namespace.
-func containerPath(self *Dir) string {
-	mounts, err := Mounts()
-	if err != nil {
-		return ""
-	}
-	for _, m := range mounts {
-		if m.Point == self.Path {
-			continue
-		}
-		if path := find(m.Point, self.ID); path != "" && path != m.Point {
-			return path
-		}
-	}
-	return ""
-}
-
-// podByAncestry asks the kernel for the cgroup ids above this process and opens the parent by its id.
-func podByAncestry(self *Dir) (*Dir, error) {
-	ids, err := ancestry(self)
-	if err != nil {
-		return nil, err
-	}
-	parent := uint64(0)
-	for i, id := range ids {
-		if id == self.ID && i > 1 { // level 0 is the root, which is nobody's pod
-			parent = ids[i-1]
-		}
-	}
-	if parent == 0 {
-		return nil, fmt.Errorf("no cgroup between the root and this container (ids %v)", ids)
-	}
-	return openByID(self, parent)
-}
-
-// ancestry is the ids of the cgroups from the root to this process's.
-func ancestry(self *Dir) ([]uint64, error) {
-	spec, err := bpf.LoadProbe()
-	if err != nil {
-		return nil, err
-	}
-	var objects struct {
-		Program *ebpf.Program `ebpf:"pln_ancestry"`
-		Levels  *ebpf.Map     `ebpf:"ancestors"`
-	}
-	_ = rlimit.RemoveMemlock() // see redirect/ebpf: before Linux 5.11 BPF counts against it
-	if err := spec.LoadAndAssign(&objects, nil); err != nil {
-		return nil, fmt.Errorf("load pln_ancestry: %w", err)
-	}
-	defer objects.Program.Close()
-	defer objects.Levels.Close()
-	at := link.RawAttachProgramOptions{Target: int(self.Fd()), Program: objects.Program, Attach: ebpf.AttachCGroupInet4Connect, Flags: unix.BPF_F_ALLOW_MULTI}
-	if err := link.RawAttachProgram(at); err != nil {
-		return nil, fmt.Errorf("attach pln_ancestry to the own cgroup: %w", err)
-	}
-	defer link.RawDetachProgram(link.RawDetachProgramOptions{Target: at.Target, Program: at.Program, Attach: at.Attach})
-	// The program runs before anything is sent, and nothing needs to listen.
-	if c, err := net.DialTCP("tcp4", nil, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9}); err == nil {
-		c.Close()
-	}
-	var ids []uint64
-	for i := range objects.Levels.MaxEntries() {
-		var id uint64
-		if err := objects.Levels.Lookup(i, &id); err != nil {
-			return nil, fmt.Errorf("read the cgroup ids: %w", err)
-		}
-		if id != 0 {
-			ids = append(ids, id)
-		}
-	}
-	return ids, nil
-}
-
-// fileidKernfs is the type of a kernfs file handle, whose body is the 64-bit inode number (include/linux/exportfs.h).
-const fileidKernfs = 0xfe
-
-func openByID(mount *Dir, id uint64) (*Dir, error) {
-	handle := unix.NewFileHandle(fileidKernfs, binary.NativeEndian.AppendUint64(nil, id))
-	fd, err := unix.OpenByHandleAt(int(mount.Fd()), handle, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC)
-	if errors.Is(err, unix.EPERM) {
-		return nil, &config.Fault{
-			Err:  fmt.Errorf("open cgroup %d by its id: %w", id, err),
-			Hint: "it takes CAP_DAC_READ_SEARCH and a seccomp profile that allows open_by_handle_at(2); or mount the host's cgroup2",
-			Exit: config.ExitNoPerm,
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open cgroup %d by its id: %w", id, err)
-	}
-	name := fmt.Sprintf("cgroup id %d", id)
-	d, err := fromFile(os.NewFile(uintptr(fd), name), name)
-	if err != nil {
-		unix.Close(fd)
-	}
-	return d, err
+	return openUnmounted(name)
 }
