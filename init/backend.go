@@ -99,7 +99,7 @@ func first(o Options, try func(capturer) (Result, error)) (Result, error) {
 	}
 	return Result{Refused: refused}, &config.Fault{
 		Err:  fmt.Errorf("no backend can capture here:%s", strings.Join(lines, "")),
-		Hint: "`pillion check` shows what each backend needs, and what this host offers",
+		Hint: fmt.Sprintf("for %s (%s): %s; `pillion check` shows what each backend needs, and what this host offers", refused[0].Backend, refused[0].Reason, refused[0].Hint),
 		Exit: config.ExitOf(errs[0]),
 	}
 }

@@ -82,9 +82,9 @@ command podman images --format '  {{.Repository}}:{{.Tag}}  {{.Size}}'
 
 title "Two manifests, as their authors wrote them; and what pillion inject makes of them"
 for pod in web client; do sed "s/POD/$pod/" "$files/$pod.yaml" >"$work/$pod.yaml"; done
-shown "pillion inject --diff web.yaml | head -n 20" head -n 20 <("$work/pillion" inject --image localhost/pillion:demo --sidecar ordinary --diff "$work/web.yaml" | sed "s|$work/||")
+shown "pillion inject --diff web.yaml | head -n 20" head -n 20 <("$work/pillion" inject --image localhost/pillion:demo --sidecar ordinary --node-name=false --diff "$work/web.yaml" | sed "s|$work/||")
 for pod in web client; do
-	"$work/pillion" inject --image localhost/pillion:demo --sidecar ordinary "$work/$pod.yaml" >"$work/$pod.injected.yaml"
+	"$work/pillion" inject --image localhost/pillion:demo --sidecar ordinary --node-name=false "$work/$pod.yaml" >"$work/$pod.injected.yaml"
 done
 
 title "The pods"

@@ -125,7 +125,11 @@ func printPlan(ctx context.Context, w io.Writer, o bootstrap.Options, output *ou
 // printRefused says why a backend was not taken.
 func printRefused(w io.Writer, refused []bootstrap.Refusal) {
 	for _, r := range refused {
-		fmt.Fprintf(w, "# not by %s: %s\n", r.Backend, r.Reason)
+		fmt.Fprintf(w, "# not by %s: %s", r.Backend, r.Reason)
+		if r.Hint != "" {
+			fmt.Fprintf(w, " (%s)", r.Hint)
+		}
+		fmt.Fprintln(w)
 	}
 }
 

@@ -74,6 +74,7 @@ own address in place of the client's.`,
 	f.Var(&s.CPULimit, "cpu-limit", "CPU that each of the two may have")
 	f.Var(&s.MemoryRequest, "memory-request", "memory that each of the two asks for")
 	f.Var(&s.MemoryLimit, "memory-limit", "memory that each of the two may have")
+	f.BoolVar(&s.NodeName, "node-name", true, "tell the init container its node's name, for its errors; podman kube play cannot: --node-name=false")
 	podSettings(e, f, &s)
 	s.Configure = func(init, proxy map[string]string) (inject.Told, error) { return configure(e, init, proxy) }
 	w.flags(f)

@@ -15,6 +15,7 @@ import (
 	"os"
 
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/deploy/inject"
 )
 
 // env is the outside world as a command sees it. Tests build another.
@@ -44,10 +45,25 @@ func (e *env) main(ctx context.Context, args []string) int {
 		return int(status)
 	}
 	if err != nil {
-		fmt.Fprintf(e.stderr, "pillion: %v\n", err)
-		if hint := config.HintOf(err); hint != "" {
-			fmt.Fprintf(e.stderr, "  hint: %s\n", hint)
-		}
+		e.explain(err)
 	}
 	return config.ExitOf(err)
+}
+
+// explain prints an error and what to do about it. In a pod all of it is the last line, which says on which node, too: people
+// see it without the rest.
+func (e *env) explain(err error) {
+	hint := config.HintOf(err)
+	if node := e.getenv(inject.NodeVariable); node != "" {
+		fmt.Fprintf(e.stderr, "pillion: on node %s: %v", node, err)
+		if hint != "" {
+			fmt.Fprintf(e.stderr, ": %s", hint)
+		}
+		fmt.Fprintln(e.stderr)
+		return
+	}
+	fmt.Fprintf(e.stderr, "pillion: %v\n", err)
+	if hint != "" {
+		fmt.Fprintf(e.stderr, "  hint: %s\n", hint)
+	}
 }

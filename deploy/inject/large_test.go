@@ -26,12 +26,12 @@ func TestLarge(t *testing.T) {
 		text string
 		pods int
 	}{
-		"many documents":            {fill(document, size), size / len(document)},
+		"many documents":            {fill(document, size/4), size / 4 / len(document)},
 		"a ConfigMap of many lines": {configMap + "|\n" + fill("    line * & : {\n", size) + deployment, 1},
-		"a ConfigMap of one line":   {configMap + `"` + fill(`größer\n`, size) + "\"\n" + deployment, 1},
-		"a ConfigMap of many keys":  {configMap + "v\n" + keys(size/8) + deployment, 1},
-		"a list in one line":        {`{"apiVersion":"v1","kind":"List","items":[` + fill(pod, size/8)[1:] + "]}\n", size / 8 / len(pod)},
-		"a kind that is not known":  {"apiVersion: example.com/v1\nkind: Widget\nspec:\n" + keys(size/8) + deployment, 1},
+		"a ConfigMap of one line":   {configMap + `"` + fill(`größer\n`, size/4) + "\"\n" + deployment, 1},
+		"a ConfigMap of many keys":  {configMap + "v\n" + keys(size/16) + deployment, 1},
+		"a list in one line":        {`{"apiVersion":"v1","kind":"List","items":[` + fill(pod, size/16)[1:] + "]}\n", size / 16 / len(pod)},
+		"a kind that is not known":  {"apiVersion: example.com/v1\nkind: Widget\nspec:\n" + keys(size/16) + deployment, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -77,6 +77,9 @@ func newList(name string, entries ...*yaml.Node) list {
 	return l
 }
 
+// NodeVariable is the variable of the environment by which `pillion init` knows the name of its node.
+const NodeVariable = "PILLION_NODE"
+
 // init is the container that installs the capture and exits.
 func (s Settings) init() *yaml.Node {
 	image := s.InitImage
@@ -114,10 +117,18 @@ func (s Settings) init() *yaml.Node {
 			because(str("NET_RAW"), "which iptables-legacy wants"),
 		)
 	}
+	var environment *yaml.Node
+	if s.NodeName {
+		environment = sequence(mapping(
+			pair{"name", str(NodeVariable)},
+			pair{"valueFrom", mapping(pair{"fieldRef", mapping(pair{"fieldPath", str("spec.nodeName")})})},
+		))
+	}
 	return mapping(
 		pair{"name", str(initName)},
 		pair{"image", str(image)},
 		pair{"args", args("init", s.initFlags())},
+		pair{"env", environment},
 		pair{"securityContext", security},
 		pair{"resources", s.resources()},
 		pair{"terminationMessagePolicy", str("FallbackToLogsOnError")},

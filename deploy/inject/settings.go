@@ -61,6 +61,14 @@ func (f *Form) Set(s string) error { return set(f, forms, s) }
 // Type names the value in help texts.
 func (f *Form) Type() string { return "native|ordinary" }
 
+func setBool(to *bool, s string) error {
+	if s != "true" && s != "false" {
+		return fmt.Errorf("%q is none of true, false", s)
+	}
+	*to = s == "true"
+	return nil
+}
+
 // Seccomp is a seccomp profile: RuntimeDefault, Unconfined, or one of the node's by its path below the kubelet's folder. It is
 // a flag value.
 type Seccomp string
@@ -105,6 +113,7 @@ type Settings struct {
 	CPULimit      Quantity
 	MemoryRequest Quantity
 	MemoryLimit   Quantity
+	NodeName      bool // the init container is told its node's name, for what it says when it fails
 
 	Known  map[string]Setting // what init and proxy may be told, by the names of their flags
 	Values map[string]string  // what they are told
@@ -118,7 +127,7 @@ type Settings struct {
 
 // Default is what `pillion inject` writes without being told otherwise.
 func Default() Settings {
-	return Settings{Variant: Privileged, Sidecar: Native, InitSeccomp: "RuntimeDefault", CPURequest: "10m", MemoryRequest: "40Mi", Known: map[string]Setting{}, Values: map[string]string{}}
+	return Settings{Variant: Privileged, Sidecar: Native, InitSeccomp: "RuntimeDefault", CPURequest: "10m", MemoryRequest: "40Mi", NodeName: true, Known: map[string]Setting{}, Values: map[string]string{}}
 }
 
 // AnnotationPrefix begins the annotations that are read from a pod.
@@ -138,12 +147,13 @@ func (s *Settings) own() map[string]func(string) error {
 	return map[string]func(string) error{
 		"image": image(&s.Image), "init-image": image(&s.InitImage), "variant": s.Variant.Set, "sidecar": s.Sidecar.Set, "init-seccomp": s.InitSeccomp.Set,
 		"cpu-request": s.CPURequest.Set, "cpu-limit": s.CPULimit.Set, "memory-request": s.MemoryRequest.Set, "memory-limit": s.MemoryLimit.Set,
+		"node-name": func(v string) error { return setBool(&s.NodeName, v) },
 	}
 }
 
 // key is the same for settings of which the same is written.
 func (s Settings) key() string {
-	return fmt.Sprintf("%q", []any{s.Image, s.InitImage, s.Variant, s.Sidecar, s.InitSeccomp, s.CPURequest, s.CPULimit, s.MemoryRequest, s.MemoryLimit, s.Values})
+	return fmt.Sprintf("%q", []any{s.Image, s.InitImage, s.Variant, s.Sidecar, s.InitSeccomp, s.CPURequest, s.CPULimit, s.MemoryRequest, s.MemoryLimit, s.NodeName, s.Values})
 }
 
 // of are the settings for one pod; wanted is false where an annotation says that it wants none of it.

@@ -42,7 +42,9 @@ func (n *node) read(name string) string {
 
 func (n *node) injectYAML(manifest string, args ...string) string {
 	n.t.Helper()
-	return n.must(n.run(manifest, pillionPath, append([]string{"inject", "--image=" + pillionImage, "--sidecar=ordinary"}, append(args, "-")...)...))
+	r := n.run(manifest, pillionPath, append([]string{"inject", "--image=" + pillionImage, "--sidecar=ordinary", "--node-name=false"}, append(args, "-")...)...)
+	n.must(r)
+	return r.stdout // and not its warnings
 }
 
 // start plays an injected pod and waits until its sidecar is ready.
