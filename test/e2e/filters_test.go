@@ -159,7 +159,7 @@ func TestFilterPortsUsedAgain(t *testing.T) {
 					s, to := w.server(sayPeer(e))
 					defer s.Close()
 					wantThrough(t, p.client(w, world), connectsArgs{
-						To: to, Mapped: w.name == "out/mapped", Count: 500, Workers: 16, Ports: w.ports, Ending: e,
+						To: to, Mapped: w.name == "out/mapped", Count: 400, Workers: 16, Ports: w.ports, Ending: e,
 					})
 				})
 			}

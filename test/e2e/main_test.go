@@ -15,9 +15,10 @@ import (
 	"github.com/pillionproxy/pillion/test/testnet"
 )
 
-// pillionPath is the program under test, and selfPath a copy of this test binary that every user can execute. Written by
-// TestMain alone.
-var pillionPath, selfPath string
+// pillionPath is the program under test, carrierPath the same for what carries connections: built with -race where the tests
+// are. The commands that end at once take twice as long so, and there are thousands of them. selfPath is a copy of this test
+// binary that every user can execute. Written by TestMain alone.
+var pillionPath, carrierPath, selfPath string
 
 // kernelDecides are the tests that run under -short, as in the machines of test/vm: each asks of the kernel something that
 // no other of them does. All of the others would take an hour on an emulated processor.
@@ -48,30 +49,34 @@ func buildAndRun(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	pillionPath = filepath.Join(dir, "pillion")
-	selfPath = filepath.Join(dir, "e2e.test")
+	pillionPath, selfPath = filepath.Join(dir, "pillion"), filepath.Join(dir, "e2e.test")
+	carrierPath = pillionPath
 	if err := copyProgram("/proc/self/exe", selfPath); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	if built := os.Getenv("PILLION_TEST_BINARY"); built != "" { // where there is no Go, as in the machines of test/vm
-		if err := copyProgram(built, pillionPath); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
+		err = copyProgram(built, pillionPath)
+	} else {
+		err = compile(pillionPath)
+		if err == nil && (underRace() || os.Getenv("PILLION_E2E_RACE") == "1") {
+			carrierPath = filepath.Join(dir, "pillion-race")
+			err = compile(carrierPath, "-race")
 		}
-		return testnet.Main(m)
 	}
-	args := []string{"build", "-o", pillionPath}
-	if underRace() || os.Getenv("PILLION_E2E_RACE") == "1" {
-		args = append(args, "-race")
-	}
-	build := exec.Command("go", append(args, "github.com/pillionproxy/pillion/cmd/pillion")...)
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		fmt.Fprintf(os.Stderr, "%v: %v\n", build.Args, err)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return testnet.Main(m)
+}
+
+func compile(path string, flags ...string) error {
+	build := exec.Command("go", append(append([]string{"build", "-o", path}, flags...), "github.com/pillionproxy/pillion/cmd/pillion")...)
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
+	}
+	return nil
 }
 
 func copyProgram(from, to string) error {

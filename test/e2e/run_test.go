@@ -35,7 +35,7 @@ func (s *session) command(flags []string, script string, args ...string) *testne
 
 func (s *session) raw(flags []string, command ...string) *testnet.Cmd {
 	args := append(append([]string{"run"}, flags...), "--")
-	return s.ns.Command(s.cg, pillionPath, append(args, command...)...)
+	return s.ns.Command(s.cg, carrierPath, append(args, command...)...)
 }
 
 // client is a shell word that runs this test binary as a client that makes one exchange with the server and prints its

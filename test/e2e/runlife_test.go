@@ -24,7 +24,7 @@ func TestRunInANamedNamespace(t *testing.T) {
 			to := w.start(echo(saw))
 			// Run from another namespace, out of which the server cannot be reached.
 			elsewhere := s.net.Namespace("elsewhere")
-			cmd := elsewhere.Command(s.cg, pillionPath, "run", "--netns", netns, "--report", "table", "--", "/bin/sh", "-c", client(to)+" && exit 5")
+			cmd := elsewhere.Command(s.cg, carrierPath, "run", "--netns", netns, "--report", "table", "--", "/bin/sh", "-c", client(to)+" && exit 5")
 			r := run(t, cmd)
 			if r.code != 5 || !strings.Contains(r.stderr, to.String()) {
 				t.Fatalf("exit code %d, want 5, and %s in the report\n%s", r.code, to, r.stderr)

@@ -56,7 +56,7 @@ func (p *pod) proxyCmd(where placement, args ...string) *sidecar {
 	if where == outside {
 		cg, user = nil, nil
 	}
-	cmd := p.ns.Command(cg, pillionPath, append([]string{"proxy", "--log-format", "json"}, args...)...)
+	cmd := p.ns.Command(cg, carrierPath, append([]string{"proxy", "--log-format", "json"}, args...)...)
 	cmd.User = user
 	s := &sidecar{Cmd: cmd, t: p.t, ns: p.ns, log: &testnet.Lines{}}
 	cmd.Stdout, cmd.Stderr = s.log, s.log

@@ -3,9 +3,15 @@
 package pod
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillionproxy/pillion/test/testnet"
 )
@@ -87,23 +93,76 @@ func (p *pod) waitSYN(to string) {
 	})
 }
 
-// TestSidecarKilled: what becomes of the app's connections is what the policy says.
+// TestSidecarKilled: what becomes of the app's connections is what the policy says, whoever killed the sidecar.
 func TestSidecarKilled(t *testing.T) {
-	for policy, code := range map[string]int{"hold": curlTimeout, "closed": curlConnect, "open": 0} {
-		t.Run(policy, func(t *testing.T) {
+	signal := func(p *pod) { p.must(p.podman("kill", "--signal=KILL", p.container("pillion"))) }
+	for _, tt := range []struct {
+		policy, killer string
+		kill           func(*pod)
+		code           int // of an app that connects
+	}{
+		{"hold", "a signal", signal, curlTimeout},
+		{"closed", "a signal", signal, curlConnect},
+		{"open", "a signal", signal, 0},
+		{"closed", "the kernel, out of memory", (*pod).starve, curlConnect},
+	} {
+		t.Run(tt.policy+", by "+tt.killer, func(t *testing.T) {
 			t.Parallel()
-			client, web := pair(t, "--on-proxy-down="+policy)
+			client, web := pair(t, "--on-proxy-down="+tt.policy)
 			load := client.ask("app", "/usr/bin/curl", "-sS", "-o", "/dev/null", "http://"+web.ip4+"/trickle")
 			testnet.Wait(t, "the transfer is under way", func() bool {
 				return strings.Contains(client.must(client.run("", "curl", "-fsS", "http://"+client.ip4+":16020/metrics")), `pillion_connections_open{direction="outbound"} 1`)
 			})
-			client.must(client.podman("kill", "--signal=KILL", client.container("pillion")))
+			tt.kill(client)
+			if i := client.waitStatus("pillion", "exited"); i.State.ExitCode != 128+int(unix.SIGKILL) {
+				t.Errorf("the sidecar ended with %d", i.State.ExitCode)
+			}
 			load.end(t, curlReset)
-			client.ask("app", "/usr/bin/curl", "-sS", "--max-time", "3", "http://"+web.ip4).end(t, code)
+			client.ask("app", "/usr/bin/curl", "-sS", "--max-time", "3", "http://"+web.ip4).end(t, tt.code)
 			client.must(client.podman("start", client.container("pillion")))
 			client.must(client.curl("http://" + web.ip4))
 		})
 	}
+}
+
+// starve takes away all memory of the sidecar's cgroup that it is not using, so that the kernel kills it when it asks for more.
+func (p *pod) starve() {
+	p.t.Helper()
+	pid := p.inspect("pillion").State.Pid
+	file := memoryLimit(p.t, pid)
+	for limit := 64 << 20; limit >= 1<<20; limit -= 1 << 20 { // cgroup v1 takes none that is less than what is in use
+		if err := os.WriteFile(file, []byte(strconv.Itoa(limit)), 0); errors.Is(err, unix.EBUSY) {
+			break
+		} else if err != nil && unix.Kill(pid, 0) == nil {
+			p.t.Fatal(err)
+		}
+	}
+	testnet.Wait(p.t, "the kernel kills the sidecar", func() bool {
+		p.run("", "curl", "-sS", "-o", "/dev/null", "--max-time", "1", "--parallel", "--parallel-max", "100", "http://"+p.ip4+":16020/metrics?[1-100]")
+		return p.inspect("pillion").State.Status == "exited"
+	})
+}
+
+// memoryLimit is the file by which the memory of a process's cgroup is limited, in either version of cgroups.
+func memoryLimit(t *testing.T, pid int) string {
+	t.Helper()
+	of := func(hierarchy, cgroup, file string) string {
+		return filepath.Join("/sys/fs/cgroup", hierarchy, cgroup, file)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var limit string
+	for line := range strings.Lines(string(b)) {
+		switch fields := strings.SplitN(strings.TrimSpace(line), ":", 3); {
+		case fields[1] == "memory":
+			return of("memory", fields[2], "memory.limit_in_bytes")
+		case fields[0] == "0":
+			limit = of("", fields[2], "memory.max")
+		}
+	}
+	return limit
 }
 
 // TestSigtermDuringTransfer: the sidecar that is told to stop carries on until the app's transfer is done.

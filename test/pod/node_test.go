@@ -58,9 +58,10 @@ func newNode(t *testing.T) *node {
 
 // result is what a program that has ended said.
 type result struct {
-	args []string
-	code int
-	out  string // both of its outputs
+	args   []string
+	code   int
+	stdout string
+	out    string // both of its outputs, one behind the other
 }
 
 // run runs a command in the node's network namespace.
@@ -69,12 +70,12 @@ func (n *node) run(stdin string, name string, args ...string) result {
 	cmd := n.ns.Command(nil, name, args...)
 	cmd.Dir = filepath.Join(pods.dir, "work") // kube play looks for folders with the names of images
 	cmd.Env = pods.environ(n.network)
-	var out bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
 		n.t.Fatalf("%v: %v", cmd.Args, err)
 	}
-	return result{cmd.Args, cmd.ExitCode(), out.String()}
+	return result{cmd.Args, cmd.ExitCode(), stdout.String(), stdout.String() + stderr.String()}
 }
 
 func (n *node) podman(args ...string) result {
