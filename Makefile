@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-pods test test-vm soak bench lint fmt generate image deps clean
+.PHONY: help build demo demo-pods test test-vm test-pods soak bench lint fmt generate image deps clean
 
 # sudo hides the usual place of Go.
 export PATH := $(PATH):/usr/local/go/bin
@@ -19,11 +19,14 @@ demo: ## watch it work: curl and nginx, a sidecar beside each, every address tru
 demo-pods: ## the same in real pods, by podman: inject, play, talk (root)
 	@scripts/demo-pods.sh
 
-test: ## vet and all tests, with the race detector; those that need the kernel want root
+test: ## vet and all tests; those that need the kernel want root
 	@scripts/test.sh
 
 test-vm: ## what kernels decide, on 5.10, 6.1, 6.12 and the newest, in virtual machines (qemu)
 	@scripts/vm.sh
+
+test-pods: ## real pods on those kernels, in virtual machines (qemu, podman; root)
+	@scripts/vm-pods.sh
 
 soak: ## ten minutes of everything at random, with checked invariants (root)
 	@scripts/soak.sh

@@ -17,11 +17,12 @@ packages_of() {
 		;;
 	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
 	vm) echo ca-certificates qemu-system-x86 debian-archive-keyring iproute2 iptables util-linux curl busybox-static ;;
+	vm-pods) echo ca-certificates qemu-system-x86 debian-archive-keyring podman libcap2-bin ;;
 	bench) echo ca-certificates iproute2 iptables ;;
 	lint) echo ca-certificates shellcheck git ;;
 	generate) echo ca-certificates clang-14 llvm-14 libbpf-dev linux-libc-dev ;;
 	ci) echo make git ;;
-	*) fail "deps.sh: no list for \"$1\"; there are: build demo demo-pods test vm bench lint generate image ci" ;;
+	*) fail "deps.sh: no list for \"$1\"; there are: build demo demo-pods test vm vm-pods bench lint generate image ci" ;;
 	esac
 }
 

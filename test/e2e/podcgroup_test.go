@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/pillionproxy/pillion/config"
-	"github.com/pillionproxy/pillion/deploy/inject"
 	"github.com/pillionproxy/pillion/test/testnet"
 )
 
@@ -195,7 +194,7 @@ func (p *laidPod) in(cg *testnet.Cgroup, v view, args ...string) *testnet.Cmd {
 		"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc",
 		v.before + "exec " + enter + `/bin/sh -euc "$0" sh "$@"`, script + `"$@"`, pillionPath,
 	}, args...)...)
-	cmd.Env = append(os.Environ(), inject.NodeVariable+"=worker-7", "V1="+v1, "ROOT="+p.root(), "KEEP="+keep, "HOST="+host)
+	cmd.Env = append(os.Environ(), "PILLION_NODE=worker-7", "V1="+v1, "ROOT="+p.root(), "KEEP="+keep, "HOST="+host)
 	return cmd
 }
 
