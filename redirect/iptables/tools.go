@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/pillionproxy/pillion/config"
@@ -123,17 +124,35 @@ func programs(ctx context.Context, f redirect.Family) (tools []Tool) {
 		if err != nil {
 			continue
 		}
-		version, err := run(ctx, "", path, "--version")
+		flavour, err := flavourOf(ctx, path)
 		if err != nil {
 			continue
 		}
-		t := Tool{Family: f, Name: name, Path: path, Flavour: Legacy} // before 1.8 there was nothing else
-		if strings.Contains(version, "(nf_tables)") {
-			t.Flavour = NFT
-		}
-		tools = append(tools, t)
+		tools = append(tools, Tool{Family: f, Name: name, Path: path, Flavour: flavour})
 	}
 	return tools
+}
+
+// flavourOf tells the flavour of a program: by the one that it is a link to, or else by what it says.
+func flavourOf(ctx context.Context, path string) (Flavour, error) {
+	program, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", err
+	}
+	switch filepath.Base(program) { // of iptables 1.8
+	case "xtables-nft-multi":
+		return NFT, nil
+	case "xtables-legacy-multi":
+		return Legacy, nil
+	}
+	version, err := run(ctx, "", path, "--version")
+	if err != nil {
+		return "", err
+	}
+	if strings.Contains(version, "(nf_tables)") {
+		return NFT, nil
+	}
+	return Legacy, nil // before 1.8 there was nothing else
 }
 
 // holdsRules reports whether there are rules in what the tool speaks to.

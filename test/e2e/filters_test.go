@@ -22,7 +22,17 @@ import (
 
 // byFilter runs a test with each of them.
 func byFilter(t *testing.T, test func(*testing.T, backend)) {
-	for _, b := range filterBackends {
+	byEach(t, filterBackends, test)
+}
+
+// byRules is the same where the kernel alone decides: each way to capture once, by either flavour. Both have the same rules, and
+// what depends on the flavour is asked of them all by the other tests.
+func byRules(t *testing.T, test func(*testing.T, backend)) {
+	byEach(t, []backend{filterBackends[0], filterBackends[3], filterBackends[4]}, test)
+}
+
+func byEach(t *testing.T, backends []backend, test func(*testing.T, backend)) {
+	for _, b := range backends {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
 			test(t, b)
@@ -43,7 +53,7 @@ func TestFilterAddresses(t *testing.T) {
 
 // TestFilterAppOfTheProxysUser: an app that runs as the proxy's user is captured all the same, unless that user is trusted.
 func TestFilterAppOfTheProxysUser(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		as1666 := p.ns.AgentAs(p.appCG, &testnet.User{UID: config.ProxyUID, GID: config.ProxyUID})
 		for _, w := range by(as1666, p.outbound()) {
@@ -58,7 +68,7 @@ func TestFilterAppOfTheProxysUser(t *testing.T) {
 
 // TestFilterWaysToConnect: whatever an app does to its socket before it connects, the connection is captured.
 func TestFilterWaysToConnect(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		for i, w := range p.outbound() {
 			own, second := pod4, second4
@@ -117,7 +127,7 @@ func TestFilterLeavesAlone(t *testing.T) {
 // TestFilterNobodyListens: a client of a port without a listener is refused by the kernel as ever; an app whose server
 // refuses is connected to the sidecar, and reset.
 func TestFilterNobodyListens(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		for _, w := range p.paths() {
 			t.Run(w.name, func(t *testing.T) {
@@ -145,7 +155,7 @@ func TestFilterNobodyListens(t *testing.T) {
 // TestFilterPortsUsedAgain: one source port, twenty times, against a server that closes first; and many connections out of
 // few ports, closed by either side.
 func TestFilterPortsUsedAgain(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		world := p.ext.Agent(nil)
 		stray := p.countStray()
@@ -195,7 +205,7 @@ func (p *pod) countStray() func() string {
 // TestFilterSYNCookies: a handshake by cookie keeps no socket between SYN and ACK; its last ACK must come to the proxy, or
 // the client believes that it is connected and is not.
 func TestFilterSYNCookies(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		p.ns.Sysctl("net.ipv4.tcp_syncookies", "2") // after init, whose probes listen at one address: a limit, see README.md
 		for _, w := range p.paths() {
@@ -247,7 +257,7 @@ func TestFilterOurMarks(t *testing.T) {
 
 // TestFilterCarriesAll: bytes of both directions at once, an end of one while the other goes on, and a reset.
 func TestFilterCarriesAll(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		p := newCapturedBy(t, b)
 		for i, w := range p.paths() {
 			t.Run(w.name+"/both ways", func(t *testing.T) {
@@ -320,7 +330,7 @@ func both(c *net.TCPConn, send, want []byte) error {
 // TestFilterWithoutProxy: new connections wait for a proxy (hold), or fail at once (closed, of redirect); those that it
 // had are reset; nothing passes by.
 func TestFilterWithoutProxy(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		t.Run("hold", func(t *testing.T) {
 			p := newPodBy(t, b)
 			p.init()
@@ -402,7 +412,7 @@ func TestFilterWithoutProxy(t *testing.T) {
 
 // TestFilterSelection: the flags mean what they mean to ebpf, and by interface too.
 func TestFilterSelection(t *testing.T) {
-	byFilter(t, func(t *testing.T, b backend) {
+	byRules(t, func(t *testing.T, b backend) {
 		more := []selection{
 			{"exclude an outbound interface", func(*pod) []string { return []string{"--exclude-outbound-interfaces=eth0"} }, func(p *pod) []selectionCase {
 				return []selectionCase{{"outbound", p.outbound(), false}, {"inbound", p.inbound(), true}}
