@@ -29,6 +29,6 @@ failed=
 say "go test -race ./... but ${plain[*]}"
 go test -race -vet=off -count=1 -timeout 9m "$@" "${raced[@]}" || failed=1
 say "go test ${plain[*]}"
-go test -vet=off -count=1 -timeout 9m "$@" "${plain[@]}" || failed=1
+go test -vet=off -count=1 -timeout 14m "$@" "${plain[@]}" || failed=1
 note "took $((SECONDS - start)) s"
 [[ -z $failed ]]
