@@ -18,10 +18,11 @@ trap finish EXIT
 trap 'exit 130' INT TERM
 
 image=localhost/pillion-test:plain # as test/pod names it
-export CONTAINERS_STORAGE_CONF=$work/storage.conf
+export CONTAINERS_STORAGE_CONF=$work/storage.conf CONTAINERS_CONF=$work/containers.conf
+printf '[network]\nnetwork_backend = "netavark"\n' >"$CONTAINERS_CONF"
 printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/graph"\nrunroot = "%s/run"\n' "$work" "$work" >"$CONTAINERS_STORAGE_CONF"
-IMAGE=$image FLAVOUR=plain SBOM=$work/sbom.json scripts/image.sh
-podman save --quiet --output "$work/images.tar" "$image" >/dev/null
+IMAGE=$image SBOM=$work/sbom.json scripts/image.sh
+podman save --quiet --multi-image-archive --output "$work/images.tar" "$image" "$image-iptables" >/dev/null
 
 # What a node has, and what the images of the apps are made of.
 packages=podman,crun,conmon,netavark,catatonit,nftables,iptables,iproute2,mount,util-linux,libc-bin,base-files,bash,coreutils,grep,sed

@@ -43,7 +43,7 @@ func buildAll() error {
 
 // nodeDecides are the tests that run under -short, as in the machines of test/vm, whose kernel, podman and cgroups are
 // not those of the host.
-var nodeDecides = []string{"TestPodsTalk", "TestContainersThatComeLater", "TestSidecarKilled"}
+var nodeDecides = []string{"TestPodsTalk", "TestContainersThatComeLater"}
 
 func TestMain(m *testing.M) {
 	testnet.Short = nodeDecides
