@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -39,6 +40,9 @@ type Config struct {
 	Log      *slog.Logger       // operational messages; slog.Default if nil
 	Access   *slog.Logger       // one line per connection at its close; Log if nil
 	Observer telemetry.Observer // told of every connection; may be nil
+	// Outbound is a listener that is open already, and then the only one: in a network namespace of the apps' own nothing comes
+	// in but through us. Listen takes it over, also when it fails. May be nil.
+	Outbound *listen.Listener
 }
 
 // Server is the sidecar. It is made by Listen and used by one call of Serve.
@@ -65,6 +69,9 @@ type Server struct {
 // accepted before Serve. Its errors carry a hint.
 func Listen(cfg Config) (*Server, error) {
 	if err := validate(cfg.Proxy); err != nil {
+		if cfg.Outbound != nil {
+			cfg.Outbound.Close()
+		}
 		return nil, &config.Fault{Err: err, Exit: config.ExitConfig}
 	}
 	if cfg.Log == nil {
@@ -73,7 +80,7 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Access == nil {
 		cfg.Access = cfg.Log
 	}
-	s := &Server{cfg: cfg.Proxy, log: cfg.Log, doubt: make(chan suspect, 1), cut: make(chan struct{})}
+	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
 	if err := s.listen(); err != nil {
 		s.closeListeners()
@@ -114,6 +121,10 @@ func usable(s config.Shared, port uint16) bool {
 }
 
 func (s *Server) listen() (err error) {
+	if s.outbound != nil {
+		s.cfg.Listeners = config.Listeners{Outbound: s.outbound.Port()}
+		return s.listenHTTP()
+	}
 	kind := listen.KindOf(s.cfg.Listen)
 	ok := func(port uint16) bool { return usable(s.cfg.Shared, port) }
 	for _, l := range []struct {
@@ -129,6 +140,10 @@ func (s *Server) listen() (err error) {
 		}
 		*l.port = (*l.listener).Port()
 	}
+	return s.listenHTTP()
+}
+
+func (s *Server) listenHTTP() (err error) {
 	if s.admin, err = openHTTP("--admin", s.cfg.Admin); err != nil {
 		return err
 	}
@@ -152,20 +167,18 @@ func openHTTP(flag string, addr netip.AddrPort) (net.Listener, error) {
 
 // isListener reports whether the address is one of the proxy's listeners.
 func (s *Server) isListener(a netip.AddrPort) bool {
-	for _, l := range []*listen.Listener{s.outbound, s.inbound, s.inboundOwn} {
-		if l.At(a) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(s.listeners(), func(l *listen.Listener) bool { return l.At(a) })
+}
+
+// listeners are those that are open.
+func (s *Server) listeners() []*listen.Listener {
+	return slices.DeleteFunc([]*listen.Listener{s.outbound, s.inbound, s.inboundOwn}, func(l *listen.Listener) bool { return l == nil })
 }
 
 // closeListeners closes what was opened; what was not is nil.
 func (s *Server) closeListeners() {
-	for _, l := range []*listen.Listener{s.outbound, s.inbound, s.inboundOwn} {
-		if l != nil {
-			l.Close()
-		}
+	for _, l := range s.listeners() {
+		l.Close()
 	}
 	for _, l := range []net.Listener{s.admin, s.health} {
 		if l != nil {

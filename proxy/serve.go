@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"context"
+	"slices"
 	"sync"
 
 	"github.com/pillionproxy/pillion/proxy/telemetry"
@@ -61,9 +62,10 @@ func (s *Server) serve(ctx context.Context) (stop func()) {
 
 // routes are the ways of connections through the server, one for each listener.
 func (s *Server) routes() []*route {
-	return []*route{
+	all := []*route{
 		{Server: s, listener: s.outbound, direction: telemetry.Outbound, dial: s.dialer.Outbound},
 		{Server: s, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
 		{Server: s, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
 	}
+	return slices.DeleteFunc(all, func(r *route) bool { return r.listener == nil })
 }

@@ -117,7 +117,7 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM)
+	signal.Notify(signals, passedOn...)
 	defer signal.Stop(signals)
 	if err := cmd.Start(); err != nil {
 		return 0, &config.Fault{Err: fmt.Errorf("start %s: %w", path, err), Exit: exitNotExecutable}
@@ -140,6 +140,9 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 	}
 	return ws.ExitStatus(), nil
 }
+
+// passedOn are the signals that the command gets when we do.
+var passedOn = []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM}
 
 // forwardSignals passes on what was sent to us. What the terminal sends goes to its whole foreground process group: the
 // command has got it already, and decides.

@@ -15,6 +15,7 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	bootstrap "github.com/pillionproxy/pillion/init"
 	"github.com/pillionproxy/pillion/proxy"
+	"github.com/pillionproxy/pillion/redirect/rootless"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -28,29 +29,44 @@ type runOptions struct {
 	noVerify bool
 	waitAll  bool
 	verbose  bool
+	backend  runBackend
+	mapRoot  bool
+	dryRun   bool
 }
 
 func newRunCommand(e *env) *cobra.Command {
 	o := runOptions{policy: config.DefaultCapture(), proxy: config.DefaultProxy()}
 	o.proxy.Admin, o.proxy.Health = netip.AddrPort{}, netip.AddrPort{}
-	o.report.format = reportFormat("auto")
+	o.report.format, o.backend = "auto", "auto"
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENTS]",
 		Short: "Run one command with its traffic captured",
-		Long: `Run a command in a cgroup of its own, captured, with the sidecar inside this process; and show, when it has ended, the
-connections that it made and took. Nothing stays behind, and what the command does not do over TCP is not touched.
+		Long: `Run a command captured, with the sidecar inside this process; and show, when it has ended, the connections that it made
+and took. Nothing stays behind.
+
+With root's rights the command runs in a cgroup of its own (backend ebpf), and what it does not do over TCP is not touched.
+Without them it runs in a user and a network namespace of its own (backend rootless): it sees the same addresses, and reaches
+by TCP and UDP what this host reaches, "localhost" being its own listeners first and this host's next. Differently from
+without it: sudo, ping and other programs that gain rights do not; abstract Unix sockets (some of X11 and D-Bus) are out of
+reach; others cannot connect to its listeners; processes outside are not seen.
 
 The command keeps its terminal, signals, directory, environment and exit status; started by sudo it runs as the user who
 called sudo. It ends with the capture: processes that it left in the background are ended too, unless --wait-all waits for
 them. The exit status is the command's: 126 if it could not be started, 127 if it was not found, 128 and the signal's
 number if a signal ended it.`,
-		Example: `  sudo pillion run -- curl -s https://example.com
+		Example: `  pillion run -- curl -s https://example.com
   sudo pillion run --follow -- ssh example.com
   sudo pillion run --netns blue --report json --report-file out.json -- make test`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := invalid(errors.Join(o.policy.Validate(), o.proxy.Validate())); err != nil {
 				return err
+			}
+			if o.backend.rootless(o) {
+				return runRootless(e, o, args, cmd.Flags())
+			}
+			if o.mapRoot || o.dryRun {
+				return &config.Fault{Err: errors.New("--map-root and --dry-run are for the backend rootless"), Hint: "--backend rootless takes it", Exit: config.ExitUsage}
 			}
 			if err := bootstrap.RequireCapabilities(); err != nil {
 				return err
@@ -74,6 +90,9 @@ number if a signal ended it.`,
 	f.Var((*addrFlag)(&o.proxy.Health), "health", "address of health probes and metrics, or none")
 	f.BoolVar(&o.noVerify, "no-verify", false, "do not prove the capture by connections")
 	f.BoolVar(&o.waitAll, "wait-all", false, "wait for the processes that the command leaves in the background")
+	f.Var(&o.backend, "backend", "how to capture; auto is ebpf where this process has the rights for it, else rootless")
+	f.BoolVar(&o.mapRoot, "map-root", false, "rootless: the command sees itself as root, with rights in its own namespaces alone")
+	f.BoolVar(&o.dryRun, "dry-run", false, "rootless: print what would be done, as commands, and do nothing")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "print what the sidecar says")
 	return cmd
 }
@@ -194,6 +213,33 @@ func (r *reportFormat) Set(s string) error {
 }
 
 func (r *reportFormat) Type() string { return "auto|table|json|none" }
+
+// runBackend is the flag --backend of run.
+type runBackend string
+
+func (b *runBackend) String() string { return string(*b) }
+
+func (b *runBackend) Set(s string) error {
+	switch s {
+	case "auto", string(bootstrap.EBPF), rootless.Name:
+		*b = runBackend(s)
+		return nil
+	}
+	return fmt.Errorf("%q is none of auto, ebpf, rootless", s)
+}
+
+func (b *runBackend) Type() string { return "auto|ebpf|rootless" }
+
+// rootless reports whether the backend is, or is to be, the one that takes no rights.
+func (b runBackend) rootless(o runOptions) bool {
+	switch b {
+	case rootless.Name:
+		return true
+	case "auto":
+		return o.mapRoot || bootstrap.RequireCapabilities() != nil
+	}
+	return false
+}
 
 // enterNetworkNamespace runs the program again in another network namespace: a namespace belongs to a thread, and only
 // exec gives a process of many threads a single one. It returns only on failure.

@@ -30,6 +30,7 @@ func verbs(e *env) []*cobra.Command {
 		newVersionCommand(e),
 		newProbeCommand(e),
 		newGuardCommand(e),
+		newKeepCommand(e),
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -116,6 +117,40 @@ func fault(kind Kind, port uint16, err error) error {
 		f.Exit = config.ExitNoPerm
 	}
 	return f
+}
+
+// Adopt makes a Listener of sockets that listen already, in a network namespace of their own maybe: those of Files, in their
+// order. It closes the files.
+func Adopt(kind Kind, files []*os.File) (*Listener, error) {
+	l := &Listener{kind: kind}
+	for _, f := range files {
+		socket, err := net.FileListener(f)
+		_ = f.Close()
+		if err != nil {
+			l.Close()
+			return nil, fmt.Errorf("take over a listener: %w", err)
+		}
+		tcp, ok := socket.(*net.TCPListener)
+		if !ok {
+			_ = socket.Close()
+			l.Close()
+			return nil, fmt.Errorf("take over a listener: a %s is none of TCP", socket.Addr().Network())
+		}
+		l.sockets, l.port = append(l.sockets, tcp), addrPort(tcp.Addr()).Port()
+	}
+	return l, nil
+}
+
+// Files are copies of the listener's sockets, for another process. The caller closes them.
+func (l *Listener) Files() (files []*os.File, err error) {
+	for _, s := range l.sockets {
+		f, err := s.File()
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 // open listens on both families, or on IPv4 alone where there is no IPv6.

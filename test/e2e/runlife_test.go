@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,51 +40,51 @@ func TestRunInANamedNamespace(t *testing.T) {
 
 // TestTwoRunsAtOnce share a namespace, and nothing else: each captures its own command.
 func TestTwoRunsAtOnce(t *testing.T) {
-	t.Parallel()
-	s := newSession(t)
-	before := s.snapshot()
-	w := s.paths()[0]
-	type running struct {
-		cmd   *testnet.Cmd
-		out   *testnet.Lines
-		start *os.File
-		to    netip.AddrPort
-		saw   chan seen
-	}
-	var runs []*running
-	for i := range 2 {
-		read, write, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
+	eachSession(t, func(t *testing.T, s *session) {
+		before := s.snapshot()
+		w := s.paths()[0]
+		type running struct {
+			cmd   *testnet.Cmd
+			out   *testnet.Lines
+			start *os.File
+			to    netip.AddrPort
+			saw   chan seen
 		}
-		defer read.Close()
-		defer write.Close()
-		x := &running{out: &testnet.Lines{}, start: write, saw: make(chan seen, 1)}
-		x.to = w.start(echo(x.saw))
-		x.cmd = s.command([]string{"--report", "table"}, "echo ready; read x; "+client(x.to)+"; exit "+strconv.Itoa(i+1))
-		x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = read, x.out, x.out
-		if err := x.cmd.Start(); err != nil {
-			t.Fatal(err)
+		var runs []*running
+		for i := range 2 {
+			read, write, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer read.Close()
+			defer write.Close()
+			x := &running{out: &testnet.Lines{}, start: write, saw: make(chan seen, 1)}
+			x.to = w.start(echo(x.saw))
+			x.cmd = s.command([]string{"--report", "table"}, "echo ready; read x; "+client(x.to)+"; exit "+strconv.Itoa(i+1))
+			x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = read, x.out, x.out
+			if err := x.cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			x.out.Wait(t, "the command is ready", func(l string) bool { return l == "ready" })
+			runs = append(runs, x)
 		}
-		x.out.Wait(t, "the command is ready", func(l string) bool { return l == "ready" })
-		runs = append(runs, x)
-	}
-	for i, x := range runs {
-		if _, err := x.start.WriteString("go\n"); err != nil {
-			t.Fatal(err)
+		for i, x := range runs {
+			if _, err := x.start.WriteString("go\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := x.cmd.Wait(); x.cmd.ExitCode() != i+1 {
+				t.Errorf("run %d: %v, want exit code %d\n%s", i, err, i+1, x.out)
+			}
+			other := runs[1-i]
+			if got := x.out.String(); !strings.Contains(got, x.to.String()) || strings.Contains(got, other.to.String()) {
+				t.Errorf("run %d: the report must tell of %s and not of %s:\n%s", i, x.to, other.to, got)
+			}
+			if server := <-x.saw; !w.ports.Contains(server.peer.Port()) {
+				t.Errorf("run %d: the server's peer is %s, want a port of %s", i, server.peer, w.ports)
+			}
 		}
-		if err := x.cmd.Wait(); x.cmd.ExitCode() != i+1 {
-			t.Errorf("run %d: %v, want exit code %d\n%s", i, err, i+1, x.out)
-		}
-		other := runs[1-i]
-		if got := x.out.String(); !strings.Contains(got, x.to.String()) || strings.Contains(got, other.to.String()) {
-			t.Errorf("run %d: the report must tell of %s and not of %s:\n%s", i, x.to, other.to, got)
-		}
-		if server := <-x.saw; !w.ports.Contains(server.peer.Port()) {
-			t.Errorf("run %d: the server's peer is %s, want a port of %s", i, server.peer, w.ports)
-		}
-	}
-	same(t, "after both runs", before, s.snapshot())
+		same(t, "after both runs", before, s.snapshot())
+	})
 }
 
 // TestRunKilled: after SIGKILL of run nothing captures any more, and the next run works.
@@ -145,37 +147,42 @@ func TestRunKilled(t *testing.T) {
 // TestRunEndsWhatTheCommandLeft: a process in the background does not keep run from ending, and does not go on
 // uncaptured; with --wait-all it is waited for.
 func TestRunEndsWhatTheCommandLeft(t *testing.T) {
-	t.Parallel()
-	s := newSession(t)
-	gone := func(pid string) bool {
-		b, err := os.ReadFile("/proc/" + pid + "/stat")
-		return err != nil || strings.Contains(string(b), ") Z ")
-	}
-	for _, tt := range []struct{ name, script string }{
-		{"that ends when asked", "sleep 1000 >/dev/null 2>&1 </dev/null & echo $!; exit 5"},
-		{"that does not", `sh -c 'trap "" TERM; while :; do sleep 1000; done' >/dev/null 2>&1 </dev/null & echo $!; exit 5`},
-		{"in a session of its own", "setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo $!; exit 5"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			r := run(t, s.command(nil, tt.script))
-			pid := strings.TrimSpace(r.stdout)
-			if r.code != 5 || !gone(pid) || !strings.Contains(r.stderr, "background") {
-				t.Errorf("exit code %d, want 5; the process is gone: %v; and it was said: %q", r.code, gone(pid), r.stderr)
+	eachSession(t, func(t *testing.T, s *session) {
+		// A process is known by its environment: in a namespace of its own it has another number.
+		left := func(mark string) bool {
+			all, _ := filepath.Glob("/proc/[0-9]*/environ")
+			return slices.ContainsFunc(all, func(file string) bool {
+				b, _ := os.ReadFile(file) // nothing, of a zombie
+				return strings.Contains(string(b), mark)
+			})
+		}
+		for i, tt := range []struct{ name, script string }{
+			{"that ends when asked", "sleep 1000 >/dev/null 2>&1 </dev/null & exit 5"},
+			{"that does not", `sh -c 'trap "" TERM; while :; do sleep 1000; done' >/dev/null 2>&1 </dev/null & exit 5`},
+			{"in a session of its own", "setsid sleep 1000 >/dev/null 2>&1 </dev/null & exit 5"},
+		} {
+			t.Run(tt.name, func(t *testing.T) {
+				cmd, mark := s.command(nil, tt.script), fmt.Sprintf("MARK=%s-%d", s.ns.Name, i)
+				cmd.Env = append(os.Environ(), mark)
+				r := run(t, cmd)
+				if r.code != 5 || left(mark) || !strings.Contains(r.stderr, "background") {
+					t.Errorf("exit code %d, want 5; the process is left: %v; and it was said: %q", r.code, left(mark), r.stderr)
+				}
+			})
+		}
+		t.Run("--wait-all", func(t *testing.T) {
+			w := s.paths()[0]
+			saw := make(chan seen, 1)
+			to := w.start(echo(saw))
+			file := filepath.Join(s.folder(t), "output")
+			r := run(t, s.command([]string{"--wait-all"}, "("+client(to)+" >"+file+" 2>&1 </dev/null) & exit 5"))
+			b, err := os.ReadFile(file)
+			if r.code != 5 || err != nil || !strings.HasPrefix(string(b), pod4) {
+				t.Errorf("exit code %d, want 5; the process in the background said %q (%v)", r.code, b, err)
+			}
+			if server := <-saw; !w.ports.Contains(server.peer.Port()) {
+				t.Errorf("the server's peer is %s, want a port of %s", server.peer, w.ports)
 			}
 		})
-	}
-	t.Run("--wait-all", func(t *testing.T) {
-		w := s.paths()[0]
-		saw := make(chan seen, 1)
-		to := w.start(echo(saw))
-		file := filepath.Join(t.TempDir(), "output")
-		r := run(t, s.command([]string{"--wait-all"}, "("+client(to)+" >"+file+" 2>&1 </dev/null) & exit 5"))
-		b, err := os.ReadFile(file)
-		if r.code != 5 || err != nil || !strings.HasPrefix(string(b), pod4) {
-			t.Errorf("exit code %d, want 5; the process in the background said %q (%v)", r.code, b, err)
-		}
-		if server := <-saw; !w.ports.Contains(server.peer.Port()) {
-			t.Errorf("the server's peer is %s, want a port of %s", server.peer, w.ports)
-		}
 	})
 }

@@ -91,70 +91,71 @@ func (tt *terminal) kind(t *testing.T, what string) {
 
 // TestRunKeepsTheTerminal: the command has the very terminal, in the foreground.
 func TestRunKeepsTheTerminal(t *testing.T) {
-	t.Parallel()
-	s := newSession(t)
-	t.Run("size and input", func(t *testing.T) {
-		tt := newTerminal(t, 33, 77)
-		cmd := s.command(nil, `test -t 0 && test -t 1 && test -t 2 && echo terminal; stty size; read line; echo "line: $line"; exit 4`)
-		tt.start(t, cmd)
-		tt.see(t, "terminal")
-		tt.see(t, "33 77")
-		tt.kind(t, "typed\n")
-		tt.see(t, "line: typed")
-		if err := cmd.Wait(); cmd.ExitCode() != 4 {
-			t.Errorf("%v, want exit code 4", err)
-		}
-	})
-	t.Run("Ctrl-C ends the command", func(t *testing.T) {
-		tt := newTerminal(t, 24, 80)
-		cmd := s.command(nil, `echo ready; while :; do read line; done`)
-		tt.start(t, cmd)
-		tt.see(t, "ready")
-		tt.kind(t, "\x03")
-		if err := cmd.Wait(); cmd.ExitCode() != 130 {
-			t.Errorf("%v, want exit code 130", err)
-		}
-	})
-	t.Run("Ctrl-C is the command's to handle, once", func(t *testing.T) {
-		tt := newTerminal(t, 24, 80)
-		cmd := s.command(nil, `n=0; trap 'n=$((n+1)); echo "got $n"' INT; echo ready; while read line; do test "$line" = end && exit 6; done; while read line; do test "$line" = end && exit 6; done`)
-		tt.start(t, cmd)
-		tt.see(t, "ready")
-		tt.kind(t, "\x03")
-		tt.screen.Wait(t, "the trap's message", func(l string) bool { return strings.Contains(l, "got 1") }) // after the echo of ^C
-		tt.kind(t, "end\n")
-		if err := cmd.Wait(); cmd.ExitCode() != 6 || strings.Contains(tt.screen.String(), "got 2") {
-			t.Errorf("%v, want exit code 6, and one interrupt:\n%s", err, tt.screen)
-		}
-	})
-	t.Run("Ctrl-Z and fg", func(t *testing.T) {
-		tt := newTerminal(t, 24, 80)
-		// An interactive shell, in which the user suspends run and takes it up again.
-		cmd := s.ns.Command(s.cg, "/bin/sh", "-i")
-		cmd.Env = append(os.Environ(), "PS1=", "ENV=", "PATH="+os.Getenv("PATH"))
-		tt.start(t, cmd)
-		tt.kind(t, pillionPath+" run -- /bin/sh -c 'echo re''ady; read line; echo \"line: $line\"'\n")
-		tt.see(t, "ready")
-		tt.kind(t, "\x1a")
-		tt.screen.Wait(t, "the shell says that the job is stopped", func(l string) bool { return strings.Contains(l, "Stopped") })
-		tt.kind(t, "fg\n")
-		tt.kind(t, "typed\n")
-		tt.see(t, "line: typed")
-		tt.kind(t, "exit 8\n")
-		if err := cmd.Wait(); cmd.ExitCode() != 8 {
-			t.Errorf("%v, want exit code 8", err)
-		}
-	})
-	t.Run("a table at the end", func(t *testing.T) {
-		w := s.paths()[0]
-		saw := make(chan seen, 1)
-		to := w.start(echo(saw))
-		tt := newTerminal(t, 24, 200)
-		cmd := s.command(nil, client(to))
-		tt.start(t, cmd)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("%v", err)
-		}
-		tt.screen.Wait(t, "the report", func(l string) bool { return strings.Contains(l, to.String()) })
+	eachSession(t, func(t *testing.T, s *session) {
+		t.Run("size and input", func(t *testing.T) {
+			tt := newTerminal(t, 33, 77)
+			cmd := s.command(nil, `test -t 0 && test -t 1 && test -t 2 && echo terminal; stty size; read line; echo "line: $line"; exit 4`)
+			tt.start(t, cmd)
+			tt.see(t, "terminal")
+			tt.see(t, "33 77")
+			tt.kind(t, "typed\n")
+			tt.see(t, "line: typed")
+			if err := cmd.Wait(); cmd.ExitCode() != 4 {
+				t.Errorf("%v, want exit code 4", err)
+			}
+		})
+		t.Run("Ctrl-C ends the command", func(t *testing.T) {
+			tt := newTerminal(t, 24, 80)
+			cmd := s.command(nil, `echo ready; while :; do read line; done`)
+			tt.start(t, cmd)
+			tt.see(t, "ready")
+			tt.kind(t, "\x03")
+			if err := cmd.Wait(); cmd.ExitCode() != 130 {
+				t.Errorf("%v, want exit code 130", err)
+			}
+		})
+		t.Run("Ctrl-C is the command's to handle, once", func(t *testing.T) {
+			tt := newTerminal(t, 24, 80)
+			cmd := s.command(nil, `n=0; trap 'n=$((n+1)); echo "got $n"' INT; echo ready; while read line; do test "$line" = end && exit 6; done; while read line; do test "$line" = end && exit 6; done`)
+			tt.start(t, cmd)
+			tt.see(t, "ready")
+			tt.kind(t, "\x03")
+			tt.screen.Wait(t, "the trap's message", func(l string) bool { return strings.Contains(l, "got 1") }) // after the echo of ^C
+			tt.kind(t, "end\n")
+			if err := cmd.Wait(); cmd.ExitCode() != 6 || strings.Contains(tt.screen.String(), "got 2") {
+				t.Errorf("%v, want exit code 6, and one interrupt:\n%s", err, tt.screen)
+			}
+		})
+		t.Run("Ctrl-Z and fg", func(t *testing.T) {
+			tt := newTerminal(t, 24, 80)
+			// An interactive shell, in which the user suspends run and takes it up again.
+			cmd := s.ns.Command(s.cg, "/bin/sh", "-i")
+			cmd.User = s.user
+			cmd.Env = append(os.Environ(), "PS1=", "ENV=", "PATH="+os.Getenv("PATH"))
+			tt.start(t, cmd)
+			tt.kind(t, pillionPath+" run -- /bin/sh -c 'echo re''ady; read line; echo \"line: $line\"'\n")
+			tt.see(t, "ready")
+			tt.kind(t, "\x1a")
+			tt.screen.Wait(t, "the shell says that the job is stopped", func(l string) bool { return strings.Contains(l, "Stopped") })
+			tt.kind(t, "fg\n")
+			tt.kind(t, "typed\n")
+			tt.see(t, "line: typed")
+			tt.kind(t, "exit 8\n")
+			if err := cmd.Wait(); cmd.ExitCode() != 8 {
+				t.Errorf("%v, want exit code 8", err)
+			}
+		})
+		t.Run("a table at the end", func(t *testing.T) {
+			w := s.paths()[0]
+			saw := make(chan seen, 1)
+			to := w.start(echo(saw))
+			tt := newTerminal(t, 24, 200)
+			cmd := s.command(nil, client(to))
+			tt.start(t, cmd)
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("%v", err)
+			}
+			tt.screen.Wait(t, "the report", func(l string) bool { return strings.Contains(l, to.String()) })
+		})
 	})
 }

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/proxy"
+	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/udp"
+	"github.com/pillionproxy/pillion/redirect/rootless"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+)
+
+// rootlessPorts are those of the listeners in the namespace of the command.
+var rootlessPorts = rootless.Ports{TCP: config.PortOutbound, UDP: config.PortOutbound}
+
+// runRootless is runCommand for everyone: it captures a namespace of the command's own, in which this user has every right.
+func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) error {
+	for _, name := range notRootless() {
+		if flags.Changed(name) {
+			return &config.Fault{
+				Err:  fmt.Errorf("--%s: the backend rootless captures all that the command does, by itself", name),
+				Hint: "leave the flag out, or run it with sudo, by the backend ebpf",
+				Exit: config.ExitUsage,
+			}
+		}
+	}
+	path, err := lookCommand(args[0])
+	if err != nil {
+		return err
+	}
+	host, err := rootless.Look()
+	if err != nil {
+		return err
+	}
+	if o.dryRun {
+		return rootless.MakePlan(host, rootlessPorts).WriteText(e.stdout)
+	}
+	log := slog.New(slog.DiscardHandler)
+	if o.verbose {
+		log = newLogger(e.stderr, "text", slog.LevelInfo)
+	}
+	kept, err := keep(e, o.mapRoot)
+	if err != nil {
+		return err
+	}
+	defer kept.close()
+	tcp, datagrams, err := kept.capture(host)
+	if err != nil {
+		return err
+	}
+
+	seen := newRecorder(e.stderr, o.report.follow)
+	cfg := o.proxy
+	cfg.DrainTimeout = drainAfterCommand
+	server, err := proxy.Listen(proxy.Config{Proxy: cfg, Log: log, Observer: seen, Outbound: tcp})
+	if err != nil {
+		return err
+	}
+	relay, err := udp.New(datagrams, kept, log)
+	if err != nil {
+		server.Close()
+		return err
+	}
+	serving, cancel := context.WithCancel(context.Background())
+	var carrying sync.WaitGroup
+	carrying.Go(func() {
+		if err := server.Serve(serving); err != nil {
+			log.Error("the sidecar ended", "error", err)
+		}
+	})
+	carrying.Go(func() { relay.Serve(serving) })
+	stop := sync.OnceFunc(func() { cancel(); carrying.Wait() })
+	defer stop()
+
+	seen.begin()
+	status, left, err := kept.run(keepStart{Path: path, Args: args, Wait: o.waitAll})
+	if err != nil {
+		return err
+	}
+	if left > 0 {
+		saidLeft(e.stderr, left)
+	}
+	stop()
+	if err := o.report.write(e.stderr, seen.connections()); err != nil {
+		return err
+	}
+	return exitStatus(status)
+}
+
+// notRootless are the flags of run that choose what is captured, and where.
+func notRootless() []string {
+	names := []string{"netns", "no-verify"}
+	var p config.Capture
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	policyFlags(f, &p)
+	selectionFlags(f, &p.Selection)
+	f.VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
+	return names
+}
+
+// kept is the keeper as the proxy sees it.
+type kept struct {
+	cmd     *exec.Cmd
+	line    *line
+	ended   chan struct{} // closed when the process is no more
+	asking  sync.Mutex    // one question at a time
+	answers chan answer
+	over    chan keepReply // the command has ended
+	gone    chan struct{}  // closed when the keeper says nothing more
+}
+
+type answer struct {
+	keepReply
+	files []*os.File
+}
+
+// keep starts a keeper in namespaces of its own, as this user, or as root of these namespaces.
+func keep(e *env, asRoot bool) (*kept, error) {
+	ours, theirs, err := newLine()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	uid, gid := os.Geteuid(), os.Getegid()
+	inside := func(id int) int {
+		if asRoot {
+			return 0
+		}
+		return id
+	}
+	cmd := &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{"pillion", keeperVerb},
+		Stdin: e.stdin, Stdout: e.stdout, Stderr: e.stderr, ExtraFiles: []*os.File{theirs},
+		SysProcAttr: &syscall.SysProcAttr{
+			Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: inside(uid), HostID: uid, Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: inside(gid), HostID: gid, Size: 1}},
+			// Rights over these namespaces alone. Without root's user id they would be lost with exec.
+			AmbientCaps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_ADMIN, unix.CAP_NET_BIND_SERVICE},
+			Pdeathsig:   syscall.SIGKILL, // the keeper notices by itself, too, when its line ends
+		},
+	}
+	k := &kept{cmd: cmd, line: ours, ended: make(chan struct{}), answers: make(chan answer), over: make(chan keepReply, 1), gone: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread() // Pdeathsig is of this thread
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // what it has to say it says by the line
+			close(k.ended)
+		}
+	}()
+	if err := <-started; err != nil {
+		_ = ours.Close()
+		return nil, rootless.Explain(err)
+	}
+	go k.listen()
+	return k, nil
+}
+
+// listen sorts what the keeper says, until its line ends.
+func (k *kept) listen() {
+	defer close(k.gone)
+	for {
+		var r keepReply
+		files, err := k.line.receive(&r)
+		if err != nil {
+			return
+		}
+		if r.Ended {
+			k.over <- r
+			continue
+		}
+		select {
+		case k.answers <- answer{r, files}:
+		case <-k.ended:
+			closeAll(files)
+		}
+	}
+}
+
+var errKeeperGone = errors.New("the process that keeps the command's namespaces has ended")
+
+// ask asks one question. The files are the caller's.
+func (k *kept) ask(r keepRequest) (answer, error) {
+	k.asking.Lock()
+	defer k.asking.Unlock()
+	if err := k.line.send(r, nil); err != nil {
+		return answer{}, err
+	}
+	var a answer
+	select {
+	case a = <-k.answers:
+	case <-k.gone:
+		return answer{}, errKeeperGone
+	}
+	if err := a.err(); err != nil {
+		closeAll(a.files)
+		return answer{}, err
+	}
+	return a, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
+}
+
+// capture captures the namespace and returns its listeners.
+func (k *kept) capture(host rootless.Host) (tcp *listen.Listener, datagrams []*os.File, err error) {
+	a, err := k.ask(keepRequest{Capture: &keepCapture{host, rootlessPorts}})
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(a.files) != a.TCP+a.UDP {
+		closeAll(a.files)
+		return nil, nil, fmt.Errorf("the keeper sent %d listeners, not %d", len(a.files), a.TCP+a.UDP)
+	}
+	tcp, err = listen.Adopt(listen.Kind{Transparent: true}, a.files[:a.TCP])
+	if err != nil {
+		closeAll(a.files[a.TCP:])
+	}
+	return tcp, a.files[a.TCP:], err
+}
+
+// Answer and Refuse make it an udp.Side.
+func (k *kept) Answer(meant, client netip.AddrPort) (*net.UDPConn, error) {
+	a, err := k.ask(keepRequest{Answer: &keepFlow{Meant: meant, Client: client}})
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(a.files)
+	if len(a.files) != 1 {
+		return nil, fmt.Errorf("the keeper sent %d sockets, not one", len(a.files))
+	}
+	conn, err := net.FilePacketConn(a.files[0])
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.UDPConn), nil
+}
+
+func (k *kept) Refuse(meant, client netip.AddrPort, why unix.Errno) {
+	_, _ = k.ask(keepRequest{Refuse: &keepFlow{meant, client, why == unix.ECONNREFUSED}}) // else the client times out
+}
+
+// run starts the command and waits for its end.
+func (k *kept) run(s keepStart) (status, left int, err error) {
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, passedOn...)
+	defer signal.Stop(signals)
+	if _, err := k.ask(keepRequest{Start: &s}); err != nil {
+		return 0, 0, err
+	}
+	done := make(chan struct{})
+	defer close(done)
+	go forwardSignals(k.cmd.Process, signals, done)
+	<-k.gone
+	select {
+	case r := <-k.over:
+		return r.Status, r.Left, nil
+	default:
+		return 0, 0, errKeeperGone
+	}
+}
+
+// close ends the keeper, and with it whatever is left of the command.
+func (k *kept) close() {
+	_ = k.line.Close()
+	_ = k.cmd.Process.Kill()
+	<-k.ended
+}
+
+// saidLeft tells of processes that were ended with the command.
+func saidLeft(w io.Writer, n int) {
+	fmt.Fprintf(w, "pillion: ended %d processes that the command left in the background (--wait-all waits for them)\n", n)
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rootless
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/route"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Host is what the command is to see of the host's network: its addresses, and from which of them it would go where.
+type Host struct {
+	Addresses []netip.Addr  `json:"addresses"` // but for those of the loopback device
+	Routes    []Destination `json:"routes"`
+}
+
+// Destination is where the host has a route to, and the address that it takes for it.
+type Destination struct {
+	To     netip.Prefix `json:"to"`
+	Source netip.Addr   `json:"source"`
+}
+
+// Look reads the network namespace of this process.
+func Look() (Host, error) {
+	var h Host
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		addresses, err := route.List(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+		if errors.Is(err, unix.EAFNOSUPPORT) {
+			continue
+		}
+		if err != nil {
+			return h, fmt.Errorf("list the addresses of this host: %w", err)
+		}
+		for _, a := range addresses {
+			ip, ok := netip.AddrFromSlice(a.IP)
+			if ip = ip.Unmap(); ok && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() && a.Flags&unix.IFA_F_TENTATIVE == 0 {
+				h.Addresses = append(h.Addresses, ip)
+			}
+		}
+		routes, err := route.List(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
+		if err != nil {
+			return h, fmt.Errorf("list the routes of this host: %w", err)
+		}
+		for _, r := range routes {
+			if d, ok := destination(r, family); ok && !slices.ContainsFunc(h.Routes, func(have Destination) bool { return have.To == d.To }) {
+				h.Routes = append(h.Routes, d)
+			}
+		}
+	}
+	return h, nil
+}
+
+// destination is a route of the main table; false if it leads nowhere, or from nowhere. Local ones are there where the host is
+// such a namespace itself.
+func destination(r netlink.Route, family int) (d Destination, ok bool) {
+	d.To = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	if family == unix.AF_INET6 {
+		d.To = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	if r.Dst != nil {
+		to, ok := netip.AddrFromSlice(r.Dst.IP)
+		bits, _ := r.Dst.Mask.Size()
+		if !ok {
+			return d, false
+		}
+		d.To = netip.PrefixFrom(to.Unmap(), bits).Masked()
+	}
+	to := d.To.Addr()
+	if r.Type != unix.RTN_UNICAST && r.Type != unix.RTN_LOCAL || to.IsLinkLocalUnicast() || to.IsLoopback() || to.IsMulticast() {
+		return d, false
+	}
+	if r.Src != nil {
+		d.Source, ok = netip.AddrFromSlice(r.Src)
+		d.Source = d.Source.Unmap()
+		return d, ok
+	}
+	found, err := netlink.RouteGetWithOptions(inside(d.To).AsSlice(), &netlink.RouteGetOptions{OifIndex: r.LinkIndex})
+	if err != nil || len(found) == 0 {
+		return d, false
+	}
+	d.Source, ok = netip.AddrFromSlice(found[0].Src)
+	d.Source = d.Source.Unmap()
+	return d, ok && !d.Source.IsLoopback()
+}
+
+// inside is an address of a host in a network: of everything, one that is in use nowhere (RFC 5737, RFC 3849).
+func inside(p netip.Prefix) netip.Addr {
+	switch {
+	case p.Bits() == 0 && p.Addr().Is4():
+		return netip.AddrFrom4([4]byte{198, 51, 100, 1})
+	case p.Bits() == 0:
+		return netip.MustParseAddr("2001:db8::1")
+	case p.IsSingleIP():
+		return p.Addr()
+	}
+	return p.Addr().Next() // of the first, some mean the network itself
+}
+
+// family of an address.
+func family(a netip.Addr) redirect.Family {
+	if a.Is4() {
+		return redirect.IPv4
+	}
+	return redirect.IPv6
+}
