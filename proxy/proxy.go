@@ -43,6 +43,15 @@ type Config struct {
 	// Outbound is a listener that is open already, and then the only one: in a network namespace of the apps' own nothing comes
 	// in but through us. Listen takes it over, also when it fails. May be nil.
 	Outbound *listen.Listener
+	// Published are listeners of this host for servers in such a namespace. Listen takes them over, also when it fails.
+	Published []Published
+}
+
+// Published is a listener whose connections are carried to a server that only Dial reaches. Dial returns a connection that has
+// listen.SetCommon's options.
+type Published struct {
+	Listener *listen.Listener
+	Dial     func(context.Context, upstream.Client) (*net.TCPConn, error)
 }
 
 // Server is the sidecar. It is made by Listen and used by one call of Serve.
@@ -53,6 +62,7 @@ type Server struct {
 	dialer *upstream.Dialer
 
 	outbound, inbound, inboundOwn *listen.Listener
+	published                     []Published
 	admin, health                 net.Listener // nil if there is none
 
 	live     *lifecycle.Live
@@ -69,9 +79,7 @@ type Server struct {
 // accepted before Serve. Its errors carry a hint.
 func Listen(cfg Config) (*Server, error) {
 	if err := validate(cfg.Proxy); err != nil {
-		if cfg.Outbound != nil {
-			cfg.Outbound.Close()
-		}
+		closeAll(cfg)
 		return nil, &config.Fault{Err: err, Exit: config.ExitConfig}
 	}
 	if cfg.Log == nil {
@@ -80,7 +88,7 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Access == nil {
 		cfg.Access = cfg.Log
 	}
-	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, doubt: make(chan suspect, 1), cut: make(chan struct{})}
+	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, published: cfg.Published, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
 	if err := s.listen(); err != nil {
 		s.closeListeners()
@@ -100,6 +108,11 @@ func Listen(cfg Config) (*Server, error) {
 	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
 	s.dialer = upstream.New(s.cfg, s.log)
 	return s, nil
+}
+
+// closeAll closes the listeners that came with a configuration.
+func closeAll(cfg Config) {
+	(&Server{outbound: cfg.Outbound, published: cfg.Published}).closeListeners()
 }
 
 // validate is config.Proxy's Validate, for which a port that is yet to be chosen is any that fits.
@@ -165,12 +178,12 @@ func openHTTP(flag string, addr netip.AddrPort) (net.Listener, error) {
 	return l, nil
 }
 
-// isListener reports whether the address is one of the proxy's listeners.
+// isListener reports whether the address is one of the listeners for captured connections.
 func (s *Server) isListener(a netip.AddrPort) bool {
 	return slices.ContainsFunc(s.listeners(), func(l *listen.Listener) bool { return l.At(a) })
 }
 
-// listeners are those that are open.
+// listeners are those for captured connections that are open.
 func (s *Server) listeners() []*listen.Listener {
 	return slices.DeleteFunc([]*listen.Listener{s.outbound, s.inbound, s.inboundOwn}, func(l *listen.Listener) bool { return l == nil })
 }
@@ -179,6 +192,9 @@ func (s *Server) listeners() []*listen.Listener {
 func (s *Server) closeListeners() {
 	for _, l := range s.listeners() {
 		l.Close()
+	}
+	for _, p := range s.published {
+		p.Listener.Close()
 	}
 	for _, l := range []net.Listener{s.admin, s.health} {
 		if l != nil {

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/pillionproxy/pillion/proxy/telemetry"
+	"github.com/pillionproxy/pillion/proxy/upstream"
 )
 
 // Serve accepts and relays until ctx is done. Then it closes the listeners, so that the capture's failure policy decides
@@ -67,5 +68,11 @@ func (s *Server) routes() []*route {
 		{Server: s, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
 		{Server: s, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
 	}
-	return slices.DeleteFunc(all, func(r *route) bool { return r.listener == nil })
+	all = slices.DeleteFunc(all, func(r *route) bool { return r.listener == nil })
+	for _, p := range s.published {
+		all = append(all, &route{Server: s, listener: p.Listener, direction: telemetry.Inbound, dial: func(ctx context.Context, c upstream.Client) (*upstream.Conn, error) {
+			return upstream.Take(p.Dial(ctx, c))
+		}})
+	}
+	return all
 }

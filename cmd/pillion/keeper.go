@@ -39,6 +39,7 @@ type keepRequest struct {
 	Capture *keepCapture `json:",omitempty"` // answered with the listeners
 	Answer  *keepFlow    `json:",omitempty"` // answered with a socket
 	Refuse  *keepFlow    `json:",omitempty"` // answered when the client was told
+	Dial    *keepDial    `json:",omitempty"` // answered with a socket that connects
 	Start   *keepStart   `json:",omitempty"` // answered when the command runs, and again when it has ended
 }
 
@@ -146,6 +147,12 @@ func (k *keeper) do(ctx context.Context, r keepRequest) (keepReply, []*os.File) 
 			return failed(err), nil
 		}
 		return keepReply{}, nil
+	case r.Dial != nil:
+		f, err := r.Dial.open()
+		if err != nil {
+			return failed(err), nil
+		}
+		return keepReply{TCP: 1}, []*os.File{f}
 	case r.Start != nil:
 		if err := k.start(*r.Start); err != nil {
 			return failed(err), nil

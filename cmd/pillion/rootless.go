@@ -68,8 +68,15 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	seen := newRecorder(e.stderr, o.report.follow)
 	cfg := o.proxy
 	cfg.DrainTimeout = drainAfterCommand
-	server, err := proxy.Listen(proxy.Config{Proxy: cfg, Log: log, Observer: seen, Outbound: tcp})
+	published, err := kept.publish(o.publish)
 	if err != nil {
+		tcp.Close()
+		closeAll(datagrams)
+		return err
+	}
+	server, err := proxy.Listen(proxy.Config{Proxy: cfg, Log: log, Observer: seen, Outbound: tcp, Published: published})
+	if err != nil {
+		closeAll(datagrams)
 		return err
 	}
 	relay, err := udp.New(datagrams, kept, log)

@@ -32,6 +32,7 @@ type runOptions struct {
 	backend  runBackend
 	mapRoot  bool
 	dryRun   bool
+	publish  publications
 }
 
 func newRunCommand(e *env) *cobra.Command {
@@ -48,7 +49,7 @@ With root's rights the command runs in a cgroup of its own (backend ebpf), and w
 Without them it runs in a user and a network namespace of its own (backend rootless): it sees the same addresses, and reaches
 by TCP and UDP what this host reaches, "localhost" being its own listeners first and this host's next. Differently from
 without it: sudo, ping and other programs that gain rights do not; abstract Unix sockets (some of X11 and D-Bus) are out of
-reach; others cannot connect to its listeners; processes outside are not seen.
+reach; others connect to its listeners by --publish alone; processes outside are not seen.
 
 The command keeps its terminal, signals, directory, environment and exit status; started by sudo it runs as the user who
 called sudo. It ends with the capture: processes that it left in the background are ended too, unless --wait-all waits for
@@ -56,6 +57,7 @@ them. The exit status is the command's: 126 if it could not be started, 127 if i
 number if a signal ended it.`,
 		Example: `  pillion run -- curl -s https://example.com
   sudo pillion run --follow -- ssh example.com
+  pillion run --publish 127.0.0.1:8080 -- python3 -m http.server 8080
   sudo pillion run --netns blue --report json --report-file out.json -- make test`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -65,8 +67,12 @@ number if a signal ended it.`,
 			if o.backend.rootless(o) {
 				return runRootless(e, o, args, cmd.Flags())
 			}
-			if o.mapRoot || o.dryRun {
-				return &config.Fault{Err: errors.New("--map-root and --dry-run are for the backend rootless"), Hint: "--backend rootless takes it", Exit: config.ExitUsage}
+			if o.mapRoot || o.dryRun || len(o.publish) > 0 {
+				return &config.Fault{
+					Err:  errors.New("--publish, --map-root and --dry-run are for the backend rootless"),
+					Hint: "leave it out: the command's listeners are this host's; or take --backend rootless",
+					Exit: config.ExitUsage,
+				}
 			}
 			if err := bootstrap.RequireCapabilities(); err != nil {
 				return err
@@ -91,6 +97,7 @@ number if a signal ended it.`,
 	f.BoolVar(&o.noVerify, "no-verify", false, "do not prove the capture by connections")
 	f.BoolVar(&o.waitAll, "wait-all", false, "wait for the processes that the command leaves in the background")
 	f.Var(&o.backend, "backend", "how to capture; auto is ebpf where this process has the rights for it, else rootless")
+	f.Var(&o.publish, "publish", "rootless: let others connect to a port that the command listens on, at an address of this host (default: all), by this or another port")
 	f.BoolVar(&o.mapRoot, "map-root", false, "rootless: the command sees itself as root, with rights in its own namespaces alone")
 	f.BoolVar(&o.dryRun, "dry-run", false, "rootless: print what would be done, as commands, and do nothing")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "print what the sidecar says")

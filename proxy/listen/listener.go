@@ -104,19 +104,32 @@ func openFixed(kind Kind, port uint16) (*Listener, error) {
 	}
 }
 
-func fault(kind Kind, port uint16, err error) error {
-	f := &config.Fault{Err: fmt.Errorf("listen on port %d of %s: %w", port, kind, err)}
+func fault(where fmt.Stringer, port uint16, err error) error {
+	f := &config.Fault{Err: fmt.Errorf("listen on port %d of %s: %w", port, where, err)}
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
 		f.Hint = fmt.Sprintf("another process listens there (see `ss -ltnp sport = :%d`); end it, or give init and proxy other ports", port)
 	case errors.Is(err, unix.EPERM):
 		f.Hint = "transparent sockets take CAP_NET_RAW: run the proxy as root, or with that capability ambient (AmbientCapabilities= in systemd, capabilities.add in Kubernetes, setpriv --ambient-caps +net_raw --inh-caps +net_raw); the backend redirect needs none: --listen auto, or any"
 		f.Exit = config.ExitNoPerm
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		f.Hint = "`ip address` shows the addresses of this host"
+		f.Exit = config.ExitConfig
 	case errors.Is(err, unix.EACCES):
 		f.Hint = "ports below 1024 take CAP_NET_BIND_SERVICE; choose others"
 		f.Exit = config.ExitNoPerm
 	}
 	return f
+}
+
+// OpenAt listens on one address alone. The error is a *config.Fault.
+func OpenAt(addr netip.AddrPort) (*Listener, error) {
+	var k Kind
+	socket, err := k.listen(addr.Addr(), addr.Port())
+	if err != nil {
+		return nil, fault(addr.Addr(), addr.Port(), err)
+	}
+	return &Listener{kind: k, port: addrPort(socket.Addr()).Port(), sockets: []*net.TCPListener{socket}}, nil
 }
 
 // Adopt makes a Listener of sockets that listen already, in a network namespace of their own maybe: those of Files, in their

@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -143,6 +144,19 @@ var ErrCaptured = &config.Fault{
 type Conn struct {
 	*listen.Conn
 	entry *entry
+}
+
+// Take takes over what another way of dialling than ours returned. Its error is of type *Error.
+func Take(tcp *net.TCPConn, err error) (*Conn, error) {
+	if err != nil {
+		return nil, &Error{reason(err), bare(err)}
+	}
+	conn, err := listen.NewConn(tcp)
+	if err != nil {
+		_ = tcp.Close()
+		return nil, &Error{reason(err), bare(err)}
+	}
+	return &Conn{Conn: conn, entry: foreign()}, nil
 }
 
 // Captured reports whether the capture gave the connection back to us, so that its other end was ours.

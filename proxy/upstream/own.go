@@ -52,6 +52,9 @@ func (o *own) add(local, remote netip.AddrPort, captured chan struct{}) *entry {
 	return e
 }
 
+// foreign is the entry of a dial that was not ours and cannot come back.
+func foreign() *entry { return &entry{shard: new(shard)} }
+
 // forget takes the dial out. It may be called again, even when its addresses are another dial's by then.
 func (e *entry) forget() {
 	e.shard.mu.Lock()

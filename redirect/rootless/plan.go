@@ -45,6 +45,7 @@ func MakePlan(h Host, p Ports) Plan {
 func rules(f redirect.Family, addresses []netip.Addr, p Ports) []Rule {
 	own := ownAddresses(f, addresses)
 	return []Rule{
+		filter(f, "to a listener of the command's own, from the proxy", accept(), fromProxy()),
 		filter(f, "packets of connections that there are", accept(), tcp(), notSYN()),
 		filter(f, "to a listener of the command's own", accept(), tcp(), to(f, own), hasSocket()),
 		filter(f, "every other connection goes to the proxy", tproxy(f, p.TCP), tcp()),

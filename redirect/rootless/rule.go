@@ -105,6 +105,17 @@ func notSYN() part {
 	}}
 }
 
+// MarkProxy is the packet mark of what the proxy sends to listeners of the command.
+const MarkProxy = 1
+
+// fromProxy matches it.
+func fromProxy() part {
+	return part{text: fmt.Sprintf("meta mark %d", MarkProxy), exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: binary.NativeEndian.AppendUint32(nil, MarkProxy)},
+	}}
+}
+
 // hasSocket matches what a socket of this namespace would receive.
 func hasSocket() part {
 	return part{text: "socket transparent { 0, 1 }", exprs: []expr.Any{&expr.Socket{Key: expr.SocketKeyTransparent, Register: register}}}

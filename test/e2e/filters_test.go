@@ -258,59 +258,64 @@ func TestFilterOurMarks(t *testing.T) {
 // TestFilterCarriesAll: bytes of both directions at once, an end of one while the other goes on, and a reset.
 func TestFilterCarriesAll(t *testing.T) {
 	byRules(t, func(t *testing.T, b backend) {
-		p := newCapturedBy(t, b)
-		for i, w := range p.paths() {
-			t.Run(w.name+"/both ways", func(t *testing.T) {
-				up, down := payload(uint64(2*i+100), 4<<20), payload(uint64(2*i+101), 4<<20)
-				got := make(chan error, 1)
-				to := w.start(func(c *net.TCPConn) { got <- both(c, down, up) })
-				c, err := w.dial(to)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer c.Close()
-				if err := errors.Join(both(c.TCPConn, up, down), <-got); err != nil {
-					t.Error(err)
-				}
-			})
-			t.Run(w.name+"/half closed", func(t *testing.T) {
-				to := w.start(func(c *net.TCPConn) {
-					b, _ := io.ReadAll(c)
-					fmt.Fprintf(c, "%d bytes", len(b))
-				})
-				c, err := w.dial(to)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer c.Close()
-				_, werr := c.Write(make([]byte, 100_000))
-				b, rerr := []byte(nil), c.CloseWrite()
-				if rerr == nil {
-					b, rerr = io.ReadAll(c)
-				}
-				if err := errors.Join(werr, rerr); err != nil || string(b) != "100000 bytes" {
-					t.Errorf("%q, %v", b, err)
-				}
-			})
-			t.Run(w.name+"/reset", func(t *testing.T) {
-				to := w.start(func(c *net.TCPConn) {
-					_ = readExactly(c, "x")
-					_ = c.SetLinger(0)
-				})
-				c, err := w.dial(to)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer c.Close()
-				if _, err := c.Write([]byte("x")); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-					t.Errorf("%v, want ECONNRESET", err)
-				}
-			})
-		}
+		carriesAll(t, newCapturedBy(t, b).paths())
 	})
+}
+
+// carriesAll checks that bytes go both ways over each path, and each kind of end gets to the other side.
+func carriesAll(t *testing.T, ways []path) {
+	t.Helper()
+	for i, w := range ways {
+		t.Run(w.name+"/both ways", func(t *testing.T) {
+			up, down := payload(uint64(2*i+100), 4<<20), payload(uint64(2*i+101), 4<<20)
+			got := make(chan error, 1)
+			to := w.start(func(c *net.TCPConn) { got <- both(c, down, up) })
+			c, err := w.dial(to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if err := errors.Join(both(c.TCPConn, up, down), <-got); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run(w.name+"/half closed", func(t *testing.T) {
+			to := w.start(func(c *net.TCPConn) {
+				b, _ := io.ReadAll(c)
+				fmt.Fprintf(c, "%d bytes", len(b))
+			})
+			c, err := w.dial(to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			_, werr := c.Write(make([]byte, 100_000))
+			b, rerr := []byte(nil), c.CloseWrite()
+			if rerr == nil {
+				b, rerr = io.ReadAll(c)
+			}
+			if err := errors.Join(werr, rerr); err != nil || string(b) != "100000 bytes" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+		t.Run(w.name+"/reset", func(t *testing.T) {
+			to := w.start(func(c *net.TCPConn) {
+				_ = readExactly(c, "x")
+				_ = c.SetLinger(0)
+			})
+			c, err := w.dial(to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, err := c.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%v, want ECONNRESET", err)
+			}
+		})
+	}
 }
 
 // both sends and receives at once, and wants what it receives.

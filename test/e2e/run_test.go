@@ -32,7 +32,7 @@ func newSession(t *testing.T) *session {
 
 // eachSession runs a test of what is the same for root, whose command is captured by the backend ebpf, and for an ordinary user.
 func eachSession(t *testing.T, test func(*testing.T, *session)) {
-	for name, user := range map[string]*testnet.User{"as root": nil, "as an ordinary user": {UID: 1000, GID: 1000}} {
+	for name, user := range map[string]*testnet.User{"as root": nil, "as an ordinary user": ordinary} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newSession(t)

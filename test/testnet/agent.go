@@ -76,6 +76,15 @@ func (ns *Namespace) Agent(cg *Cgroup) *Agent {
 // AgentAs starts an agent as another user. The TestMain of the test must call AgentMain.
 func (ns *Namespace) AgentAs(cg *Cgroup, user *User) *Agent {
 	ns.t.Helper()
+	cmd := ns.Command(cg, "/proc/self/exe")
+	cmd.User = user
+	return ns.AgentThrough(cmd)
+}
+
+// AgentThrough starts a command that runs this test binary in the end, and hands on to it its environment and its standard
+// input, by which the agent is spoken to. Where the command's output is not set it is the test's.
+func (ns *Namespace) AgentThrough(cmd *Cmd) *Agent {
+	ns.t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		ns.t.Fatalf("testnet: agent: %v", err)
@@ -87,17 +96,15 @@ func (ns *Namespace) AgentAs(cg *Cgroup, user *User) *Agent {
 	if err != nil {
 		ns.t.Fatalf("testnet: agent: %v", err)
 	}
-	a := &Agent{
-		Cmd:     ns.Command(cg, "/proc/self/exe"),
-		t:       ns.t,
-		conn:    conn.(*net.UnixConn),
-		waiting: make(map[uint64]chan response),
+	a := &Agent{Cmd: cmd, t: ns.t, conn: conn.(*net.UnixConn), waiting: make(map[uint64]chan response)}
+	cmd.Env, cmd.Stdin = append(os.Environ(), agentEnv+"=1"), theirs
+	if cmd.Stdout == nil {
+		cmd.Stdout = os.Stdout
 	}
-	a.Cmd.User = user
-	a.Cmd.Env = append(os.Environ(), agentEnv+"=1")
-	a.Cmd.ExtraFiles = []*os.File{theirs}
-	a.Cmd.Stdout, a.Cmd.Stderr = os.Stdout, os.Stderr
-	if err := a.Cmd.Start(); err != nil {
+	if cmd.Stderr == nil {
+		cmd.Stderr = os.Stderr
+	}
+	if err := cmd.Start(); err != nil {
 		conn.Close()
 		ns.t.Fatalf("testnet: agent: %v", err)
 	}

@@ -94,11 +94,13 @@ func Main(m *testing.M) int {
 
 // agentMain serves requests until the test closes its end, which it does at its own end, whatever that is.
 func agentMain(ops []Operation) error {
-	f := os.NewFile(3, "test")
-	unix.CloseOnExec(3)
+	f := os.NewFile(0, "test")
 	conn, err := net.FileConn(f)
 	f.Close()
 	if err != nil {
+		return err
+	}
+	if _, err := unix.Open(os.DevNull, unix.O_RDWR, 0); err != nil { // in its place: standard input again
 		return err
 	}
 	byName := make(map[string]Operation)

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pillionproxy/pillion/proxy"
+	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/upstream"
+	"github.com/pillionproxy/pillion/redirect/rootless"
+	"golang.org/x/sys/unix"
+)
+
+// publication is a port of the command, and where this host has it.
+type publication struct {
+	at   netip.AddrPort // without an address: at all of them
+	port uint16
+}
+
+func (p publication) String() string {
+	if !p.at.Addr().IsValid() {
+		return fmt.Sprintf("%d:%d", p.at.Port(), p.port)
+	}
+	return fmt.Sprintf("%s:%d", p.at, p.port)
+}
+
+// publications is the flag --publish. It may be given again.
+type publications []publication
+
+func (p *publications) String() string {
+	words := make([]string, len(*p))
+	for i, one := range *p {
+		words[i] = one.String()
+	}
+	return strings.Join(words, ",")
+}
+
+func (p *publications) Type() string { return "[addr:]port[:port]" }
+
+// Set reads [ADDR:]PORT[:PORT]; an IPv6 address stands in brackets.
+func (p *publications) Set(s string) error {
+	for one := range strings.SplitSeq(s, ",") {
+		parsed, err := parsePublication(one)
+		if err != nil {
+			return err
+		}
+		*p = append(*p, parsed)
+	}
+	return nil
+}
+
+func parsePublication(s string) (p publication, err error) {
+	wrong := fmt.Errorf("%q is not [ADDR:]PORT[:PORT]: write 8080, 8080:80, 127.0.0.1:8080:80 or [::1]:8080", s)
+	var addr netip.Addr
+	rest := s
+	if inner, after, ok := strings.Cut(s, "]:"); ok && strings.HasPrefix(inner, "[") {
+		addr, err = netip.ParseAddr(inner[1:])
+		rest = after
+	} else if first, after, ok := strings.Cut(s, ":"); ok && strings.Contains(first, ".") {
+		addr, err = netip.ParseAddr(first)
+		rest = after
+	}
+	if err != nil {
+		return p, wrong
+	}
+	var ports []uint16
+	for word := range strings.SplitSeq(rest, ":") {
+		n, err := strconv.ParseUint(word, 10, 16)
+		if err != nil || n == 0 {
+			return p, wrong
+		}
+		ports = append(ports, uint16(n))
+	}
+	if len(ports) > 2 {
+		return p, wrong
+	}
+	return publication{netip.AddrPortFrom(addr, ports[0]), ports[len(ports)-1]}, nil
+}
+
+// publish opens the listeners of the flags.
+func (k *kept) publish(list publications) (published []proxy.Published, err error) {
+	for _, p := range list {
+		var l *listen.Listener
+		if p.at.Addr().IsValid() {
+			l, err = listen.OpenAt(p.at)
+		} else {
+			l, err = listen.Open(listen.Kind{Any: true}, p.at.Port(), nil)
+		}
+		if err != nil {
+			for _, p := range published {
+				p.Listener.Close()
+			}
+			return nil, fmt.Errorf("--publish %s: %w", p, err)
+		}
+		published = append(published, proxy.Published{Listener: l, Dial: k.dialTo(p.port)})
+	}
+	return published, nil
+}
+
+// dialTo dials a port of the command at the address that the client dialled, in the client's name.
+func (k *kept) dialTo(port uint16) func(context.Context, upstream.Client) (*net.TCPConn, error) {
+	return func(ctx context.Context, c upstream.Client) (*net.TCPConn, error) {
+		a, err := k.ask(keepRequest{Dial: &keepDial{From: c.Remote(), To: netip.AddrPortFrom(c.Local().Addr(), port)}})
+		if err != nil {
+			return nil, err
+		}
+		defer closeAll(a.files)
+		if len(a.files) != 1 {
+			return nil, fmt.Errorf("the keeper sent %d sockets, not one", len(a.files))
+		}
+		return connected(ctx, a.files[0])
+	}
+}
+
+// publishTimeout is for a listener whose queue is full.
+const publishTimeout = 10 * time.Second
+
+// connected waits until a socket is that connects.
+func connected(ctx context.Context, f *os.File) (*net.TCPConn, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	if err := f.SetDeadline(time.Now().Add(publishTimeout)); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var failed int
+	err = raw.Write(func(fd uintptr) bool {
+		if failed, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err != nil || failed != 0 {
+			return true
+		}
+		_, perr := unix.Getpeername(int(fd))
+		return !errors.Is(perr, unix.ENOTCONN)
+	})
+	if failed != 0 {
+		err = os.NewSyscallError("connect", unix.Errno(failed))
+	}
+	if err != nil {
+		return nil, err
+	}
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), nil
+}
+
+// keepDial is a connection to a listener of the command, in the name of its client.
+type keepDial struct{ From, To netip.AddrPort }
+
+// open begins to connect. By which port is the client's own affair: another one if that one is in use.
+func (d keepDial) open() (*os.File, error) {
+	for _, port := range []uint16{d.From.Port(), 0} {
+		f, err := d.try(port)
+		if err == nil || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return f, err
+		}
+	}
+	return nil, os.NewSyscallError("bind", unix.EADDRINUSE)
+}
+
+func (d keepDial) try(port uint16) (*os.File, error) {
+	family := unix.AF_INET
+	if d.To.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	f := os.NewFile(uintptr(fd), "connection")
+	err = errors.Join(
+		listen.SetTransparent(fd, d.To.Addr().Is6()),
+		listen.SetOption(fd, "SO_MARK", unix.SOL_SOCKET, unix.SO_MARK, rootless.MarkProxy),
+		listen.SetCommon(fd),
+	)
+	if err == nil {
+		err = os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(d.From.Addr(), port))))
+	}
+	if err == nil {
+		err = unix.Connect(fd, sockaddr(d.To))
+		if errors.Is(err, unix.EINPROGRESS) {
+			err = nil
+		}
+		err = os.NewSyscallError("connect", err)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
+	}
+	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+}

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/test/testnet"
+)
+
+// ordinary is a user without any right.
+var ordinary = &testnet.User{UID: 1000, GID: 1000}
+
+// newRootless makes a session of an ordinary user whose app is what the user runs with `pillion run`.
+func newRootless(t *testing.T, flags ...string) *session {
+	t.Helper()
+	s := newSession(t)
+	s.user = ordinary
+	s.app = s.inside(t, flags...)
+	return s
+}
+
+// inside starts an agent by `pillion run`.
+func (s *session) inside(t *testing.T, flags ...string) *testnet.Agent {
+	t.Helper()
+	a := s.ns.AgentThrough(s.raw(append([]string{"--backend", "rootless"}, flags...), selfPath))
+	if _, err := a.Socket(syscall.AF_INET); err != nil { // it is there
+		t.Fatal(err)
+	}
+	return a
+}
+
+// TestRootlessAddresses: each end sees the truth, over every kind of socket, and at other addresses of the host.
+func TestRootlessAddresses(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	for _, w := range s.outs() {
+		for _, d := range []testnet.Dial{{}, {NonBlock: true}, {From: port0(w, pod4, pod6)}, {MPTCP: true}} {
+			t.Run(fmt.Sprintf("%s/%+v", w.name, d), func(t *testing.T) {
+				saw := make(chan seen, 1)
+				to := w.start(echo(saw))
+				d := d
+				d.To, d.Mapped = to.String(), w.name == "out/mapped"
+				if d.Mapped && d.From != "" {
+					d.From = net.JoinHostPort("::ffff:"+pod4, "0")
+				}
+				c, err := s.app.Dial(d)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				if err := exchange(c, "hello"); err != nil {
+					t.Fatal(err)
+				}
+				far := <-saw
+				if unmap(c.Own).Addr() != w.from || unmap(c.Peer) != to {
+					t.Errorf("the client sees %s to %s, want %s to %s", c.Own, c.Peer, w.from, to)
+				}
+				if far.peer.Addr() != w.from || !config.DialOutbound.Contains(far.peer.Port()) || far.own != to {
+					t.Errorf("the server sees %s from %s, want %s from %s and a port of %s", far.own, far.peer, to, w.from, config.DialOutbound)
+				}
+			})
+		}
+	}
+}
+
+// TestRootlessCarriesAll that the other backends carry.
+func TestRootlessCarriesAll(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	carriesAll(t, s.outs())
+	for _, w := range s.outs()[:2] {
+		t.Run(w.name+"/two thousand at once", func(t *testing.T) {
+			const count = 2000
+			to := w.start(func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+			r, err := stormOp.Call(s.app, stormArgs{To: to.String(), Count: count})
+			if err != nil || r.OK != count {
+				t.Errorf("%d of %d connections were right; the others: %v (%v)", r.OK, count, r.Errors, err)
+			}
+		})
+	}
+}
+
+// TestRootlessRefusals: whom nobody can reach is told as it would be by the root backends.
+func TestRootlessRefusals(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	for _, w := range s.outs() {
+		t.Run(w.name+"/refused", func(t *testing.T) {
+			c, err := w.dial(netip.AddrPortFrom(w.to, 1))
+			if err == nil {
+				_, err = c.Read(make([]byte, 1))
+				c.Close()
+			}
+			if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%v, want ECONNREFUSED or ECONNRESET", err)
+			}
+		})
+	}
+	must(t, "ip", run(t, s.ns.Command(nil, "ip", "-6", "route", "del", "default")))
+	s.app = s.inside(t)
+	t.Run("no route", func(t *testing.T) {
+		if _, err := s.app.Dial(testnet.Dial{To: "[2001:db8::1]:80"}); !errors.Is(err, syscall.ENETUNREACH) {
+			t.Errorf("%v, want ENETUNREACH", err)
+		}
+	})
+}
+
+// TestRootlessLocalhost: the command's own listener is met first, the host's next; and at the host's own addresses too.
+func TestRootlessLocalhost(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	serve := func(where func(network, addr string, handler func(*net.TCPConn)) *testnet.Server, who, network, addr string) {
+		where(network, addr, func(c *net.TCPConn) { _, _ = io.WriteString(c, who) })
+	}
+	says := func(t *testing.T, host string, port int, want string) {
+		t.Helper()
+		c, err := s.app.Dial(testnet.Dial{To: net.JoinHostPort(host, fmt.Sprint(port))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if b, err := io.ReadAll(c); err != nil || string(b) != want {
+			t.Errorf("%q, %v; want the %s's", b, err, want)
+		}
+	}
+	for i, host := range []string{"127.0.0.1", "::1", pod4, pod6} {
+		t.Run(host, func(t *testing.T) {
+			port, only := 7100+i, 7200+i
+			serve(s.ns.Serve, "host", "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+			serve(s.ns.Serve, "host", "tcp", net.JoinHostPort(host, fmt.Sprint(only)))
+			serve(s.app.Serve, "command", "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+			says(t, host, port, "command")
+			says(t, host, only, "host")
+		})
+	}
+	t.Run("a listener at every address is none of another host's", func(t *testing.T) {
+		serve(s.app.Serve, "command", "tcp4", "0.0.0.0:7300")
+		s.ext.Serve("tcp4", "0.0.0.0:7300", func(c *net.TCPConn) { _, _ = io.WriteString(c, "other") })
+		says(t, server4, 7300, "other")
+		says(t, pod4, 7300, "command")
+	})
+}
+
+// TestRootlessDatagrams: answers come from whom the command asked, and refusals at once.
+func TestRootlessDatagrams(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	for _, host := range []string{server4, server6, pod4, "127.0.0.1"} {
+		t.Run(host, func(t *testing.T) {
+			for range 3 {
+				s.udp(t, host)
+			}
+		})
+		t.Run(host+"/refused", func(t *testing.T) {
+			if answer, err := udpOp.Call(s.app, net.JoinHostPort(host, "1")); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%q, %v; want ECONNREFUSED", answer, err)
+			}
+		})
+	}
+}
+
+// TestRootlessPublished: others connect to the command's servers, which see who they are.
+func TestRootlessPublished(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	s.app = s.inside(t, "--publish", "7000:7001", "--publish", pod4+":7002")
+	saw := make(chan seen, 1)
+	s.app.Serve("tcp", "[::]:7001", echo(saw))
+	client := func(host string, port int) (net.Conn, error) {
+		return s.ext.Dial("tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+	}
+	for _, tt := range [][2]string{{pod4, client4}, {pod6, client6}} {
+		t.Run(tt[0], func(t *testing.T) {
+			c, err := client(tt[0], 7000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if err := exchange(c, "to the command"); err != nil {
+				t.Fatal(err)
+			}
+			if far, own := <-saw, addrPort(c.LocalAddr()); unmap(far.peer) != own || unmap(far.own) != netip.MustParseAddrPort(net.JoinHostPort(tt[0], "7001")) {
+				t.Errorf("the server sees %s from %s, want port 7001 of %s, from %s", far.own, far.peer, tt[0], own)
+			}
+		})
+	}
+	t.Run("nobody listens", func(t *testing.T) {
+		c, err := client(pod4, 7002)
+		if err == nil {
+			_, err = c.Read(make([]byte, 1))
+			c.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%v, want ECONNREFUSED or ECONNRESET", err)
+		}
+	})
+	t.Run("at one address alone", func(t *testing.T) {
+		if _, err := client(pod6, 7002); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%v, want ECONNREFUSED", err)
+		}
+	})
+}
+
+// TestRootlessHasNoRights: the command is who it was, and may do no more than before.
+func TestRootlessHasNoRights(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	const who = `id -u; id -g; grep -E '^(Cap(Eff|Prm|Inh|Amb)|Sig(Blk|Ign)|NoNewPrivs)' /proc/self/status; ls /proc/self/fd; umask; ulimit -a; cat /proc/self/oom_score_adj`
+	bare := s.ns.Command(s.cg, "/bin/sh", "-c", who)
+	bare.User = ordinary
+	if r, want := run(t, s.command(nil, who)), run(t, bare); r.stdout != want.stdout {
+		t.Errorf("the command says\n%swithout run it says\n%s%s", r.stdout, want.stdout, r.stderr)
+	}
+	for _, forbidden := range []string{"mount -t tmpfs none /mnt", "ip link set lo down", "nft flush ruleset || iptables -F"} {
+		if r := run(t, s.command(nil, forbidden+" 2>/dev/null && exit 0; exit 9")); r.code != 9 {
+			t.Errorf("%s: exit code %d", forbidden, r.code)
+		}
+	}
+	if r := run(t, s.command(nil, "kill -9 1; exit 9")); r.code != 9 {
+		t.Errorf("the command ended its keeper: exit code %d\n%s", r.code, r.stderr)
+	}
+	if r := run(t, s.raw([]string{"--map-root"}, "id", "-u")); r.stdout != "0\n" {
+		t.Errorf("--map-root: id says %q\n%s", r.stdout, r.stderr)
+	}
+}
+
+// TestRootlessUsage: what it cannot do it refuses to promise.
+func TestRootlessUsage(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	for _, flags := range [][]string{{"--exclude-outbound-ports=80"}, {"--on-proxy-down=open"}, {"--netns=x"}, {"--publish=a"}, {"--publish=1:2:3:4"}, {"--publish=0"}, {"--backend=x"}} {
+		r := run(t, s.raw(flags, "true"))
+		if name, _, _ := strings.Cut(flags[0], "="); r.code != config.ExitUsage || !strings.Contains(r.stderr, name) {
+			t.Errorf("%v: exit code %d\n%s", flags, r.code, r.stderr)
+		}
+	}
+	wantFault(t, run(t, s.raw([]string{"--publish=80"}, "true")), config.ExitNoPerm, "--publish 80")
+	wantFault(t, run(t, s.raw([]string{"--publish=192.0.2.200:8080"}, "true")), config.ExitConfig, "--publish")
+	if r := run(t, s.raw([]string{"--dry-run"}, "true")); r.code != 0 || !strings.Contains(r.stdout, pod4) || !strings.Contains(r.stdout, "tproxy to 127.0.0.1:") {
+		t.Errorf("--dry-run: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	s.user = nil
+	wantFault(t, run(t, s.raw([]string{"--publish=80"}, "true")), config.ExitUsage, "--publish")
+}
+
+// TestRootlessForbidden: a host that lets no user have namespaces says which switch it is.
+func TestRootlessForbidden(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	// A user namespace has limits of its own (user_namespaces(7)).
+	script := `echo 0 >/proc/sys/user/max_net_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all "$@"`
+	cmd := s.ns.Command(s.cg, "unshare", append([]string{"--user", "--map-root-user", "/bin/sh", "-c", script, "sh", pillionPath}, "run", "--backend", "rootless", "--", "true")...)
+	cmd.User = ordinary
+	r := run(t, cmd)
+	if !strings.Contains(r.stderr, "user.max_net_namespaces is 0") || !strings.Contains(r.stderr, "sudo pillion run") || r.code != config.ExitUnavailable {
+		t.Errorf("exit code %d\n%s", r.code, r.stderr)
+	}
+}
+
+// TestRootlessEnds: whoever is killed, nothing stays: no process, no namespace, no port.
+func TestRootlessEnds(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		end  func(*testnet.Cmd, int)
+	}{
+		{"pillion is killed", func(cmd *testnet.Cmd, _ int) { cmd.Kill() }},
+		{"the keeper is killed", func(_ *testnet.Cmd, keeper int) { _ = syscall.Kill(keeper, syscall.SIGKILL) }},
+		{"both are killed", func(cmd *testnet.Cmd, keeper int) { _ = syscall.Kill(keeper, syscall.SIGKILL); cmd.Kill() }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := newSession(t)
+			s.user = ordinary
+			mark := "MARK=" + s.ns.Name
+			cmd := s.command([]string{"--publish", "7000"}, `setsid sh -c 'trap "" TERM HUP; while :; do sleep 1000; done' & echo ready; wait`)
+			out := &testnet.Lines{}
+			cmd.Env, cmd.Stdout, cmd.Stderr = append(os.Environ(), mark), out, out
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			out.Wait(t, "the command is ready", func(l string) bool { return l == "ready" })
+			keeper := -1
+			for _, pid := range processesWith(mark) {
+				if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); string(b) == "pillion\x00keep\x00" {
+					keeper = pid
+				}
+			}
+			if keeper < 0 {
+				t.Fatal("there is no keeper")
+			}
+			tt.end(cmd, keeper)
+			if err := cmd.Wait(); err == nil {
+				t.Error("run ended with 0")
+			}
+			testnet.Wait(t, "no process is left", func() bool { return len(processesWith(mark)) == 0 })
+			if _, err := s.ext.Dial("tcp", net.JoinHostPort(pod4, "7000")); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("the published port: %v, want ECONNREFUSED", err)
+			}
+		})
+	}
+}
+
+// processesWith are those with a word in their environment: in a namespace of its own a process has another number.
+func processesWith(mark string) (pids []int) {
+	all, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, file := range all {
+		b, _ := os.ReadFile(file) // nothing, of a zombie
+		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
+			var pid int
+			fmt.Sscanf(file, "/proc/%d/", &pid)
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// TestRootlessNested: a run inside a run captures what that one captured.
+func TestRootlessNested(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	for _, w := range s.outs()[:2] {
+		t.Run(w.name, func(t *testing.T) {
+			saw := make(chan seen, 1)
+			to := w.start(echo(saw))
+			r := run(t, s.command(nil, fmt.Sprintf("%s=%s %s run -- %s", childEnv, to, carrierPath, selfPath)))
+			must(t, "run in run", r)
+			if far := <-saw; far.peer.Addr() != w.from {
+				t.Errorf("the server sees %s, want %s", far.peer, w.from)
+			}
+		})
+	}
+}
