@@ -69,7 +69,6 @@ const (
 	Limited Usable = "usable with limits"
 	Unclear Usable = "unknown"
 	No      Usable = "not usable"
-	Planned Usable = "planned" // the host would do, this version does not have it
 )
 
 // Verdict is what the rows together say of one backend.

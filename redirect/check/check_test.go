@@ -30,7 +30,7 @@ func root() Facts {
 			Programs: []Probe{{"program sockops", ok}, {"tc bpf_sk_assign", ok}, {"map SkStorage", ok}},
 		},
 		IPv6: IPv6{Kernel: true, On: true},
-		Lab:  Lab{Ran: ok, Clsact: ok},
+		Lab:  Lab{Ran: ok, Clsact: ok, Rootless: ok},
 		Network: Network{
 			AppPorts: config.PortRange{First: 32768, Last: 60999},
 			Rules: []Rule{

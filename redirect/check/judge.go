@@ -46,9 +46,6 @@ func (r Row) tidy() Row {
 	return r
 }
 
-// planned are backends of the design that this version does not have.
-var planned = map[Backend]string{Rootless: "this version has no `pillion run` without root yet; the host would allow it"}
-
 // verdict sums up the rows for one backend. One that is required and not there decides; one that could not be asked for
 // leaves it open.
 func verdict(b Backend, rows []Row) Verdict {
@@ -73,8 +70,6 @@ func verdict(b Backend, rows []Row) Verdict {
 		v.Usable, v.Reasons = No, refused
 	case len(open) > 0:
 		v.Usable, v.Reasons = Unclear, open
-	case planned[b] != "":
-		v.Usable, v.Reasons = Planned, []string{planned[b]}
 	case len(lost) > 0:
 		v.Usable, v.Reasons = Limited, lost
 	}

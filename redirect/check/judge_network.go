@@ -401,5 +401,12 @@ func namespaceRows(f Facts) []Row {
 	case n.Max == "":
 		r.State, r.Detail = Unknown, "user.max_user_namespaces cannot be read here"
 	}
-	return []Row{r}
+	filter := Row{
+		Group: "rootless", What: "nf_tables", State: f.Lab.Rootless.state(), Detail: f.Lab.Rootless.Detail, Needs: needs(Required, Rootless),
+		Hint: "the kernel needs nf_tables with tproxy and socket: modprobe -a nft_tproxy nft_socket",
+	}
+	if f.Lab.Ran.state() != OK {
+		filter.Detail, filter.Hint = "could not be tried: "+f.Lab.Ran.Detail, ""
+	}
+	return []Row{r, filter}
 }

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 
+	"github.com/pillionproxy/pillion/redirect/rootless"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +21,7 @@ type Lab struct {
 	Ran      Answer   `json:"ran"`       // whether there was one; the rest is unknown otherwise
 	InnerUID bool     `json:"inner_uid"` // in a user namespace of its own: what failed may work for root
 	Clsact   Answer   `json:"clsact"`
+	Rootless Answer   `json:"rootless"` // the packet filter of the backend rootless
 	Tables   []Tables `json:"tables"`
 }
 
@@ -61,11 +63,18 @@ var extensions = []extension{
 // RunLab tries out what cannot be asked for. The caller has put this process into a network namespace of its own, and
 // into a user namespace of its own where it has no right to the former alone.
 func RunLab(ctx context.Context, run Runner) Lab {
-	lab := Lab{Ran: Answer{State: OK}, InnerUID: innerUser(), Clsact: tryClsact()}
+	lab := Lab{Ran: Answer{State: OK}, InnerUID: innerUser(), Clsact: tryClsact(), Rootless: tryRootless()}
 	for _, family := range []int{4, 6} {
 		lab.Tables = append(lab.Tables, tryTables(ctx, run, family, lab.InnerUID)...)
 	}
 	return lab
+}
+
+func tryRootless() Answer {
+	if err := rootless.Try(); err != nil {
+		return Answer{State: Missing, Detail: err.Error()}
+	}
+	return Answer{State: OK, Detail: "its rules were just set"}
 }
 
 func tryClsact() Answer {

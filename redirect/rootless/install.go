@@ -49,6 +49,13 @@ func (p Plan) Install() error {
 	return nil
 }
 
+// Try sets the packet filter of a host without addresses in the network namespace of this process, which must be a fresh one of
+// its own.
+func Try() error {
+	p := MakePlan(Host{}, Ports{TCP: 1, UDP: 1})
+	return errors.Join(p.filter(redirect.IPv4), p.filter(redirect.IPv6))
+}
+
 func prefix(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }

@@ -23,7 +23,7 @@ var pillionPath, carrierPath, selfPath string
 // kernelDecides are the tests that run under -short, as in the machines of test/vm: each asks of the kernel something that
 // no other of them does. All of the others would take an hour on an emulated processor.
 var kernelDecides = []string{
-	"TestAddressesAreTrueAtAllFourEnds", "TestFilterAddresses", "TestKilledProxyIsSeenAsAReset", "TestSYNCookies",
+	"TestAddressesAreTrueAtAllFourEnds", "TestFilterAddresses", "TestKilledProxyIsSeenAsAReset", "TestRootlessAddresses", "TestRootlessDatagrams", "TestSYNCookies",
 	"TestSourcePortUsedAgain", "TestWaysToConnect",
 }
 

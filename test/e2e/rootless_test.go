@@ -46,11 +46,13 @@ func TestRootlessAddresses(t *testing.T) {
 	t.Parallel()
 	s := newRootless(t)
 	for _, w := range s.outs() {
-		for _, d := range []testnet.Dial{{}, {NonBlock: true}, {From: port0(w, pod4, pod6)}, {MPTCP: true}} {
-			t.Run(fmt.Sprintf("%s/%+v", w.name, d), func(t *testing.T) {
+		for way, d := range map[string]testnet.Dial{"plain": {}, "non-blocking": {NonBlock: true}, "bound": {From: port0(w, pod4, pod6)}, "MPTCP": {MPTCP: true}} {
+			t.Run(w.name+"/"+way, func(t *testing.T) {
+				if d.MPTCP {
+					testnet.Need(t, testnet.MPTCP)
+				}
 				saw := make(chan seen, 1)
 				to := w.start(echo(saw))
-				d := d
 				d.To, d.Mapped = to.String(), w.name == "out/mapped"
 				if d.Mapped && d.From != "" {
 					d.From = net.JoinHostPort("::ffff:"+pod4, "0")
@@ -303,7 +305,7 @@ func TestRootlessEnds(t *testing.T) {
 				}
 			}
 			if keeper < 0 {
-				t.Fatal("there is no keeper")
+				t.Fatalf("there is no keeper: %s", out)
 			}
 			tt.end(cmd, keeper)
 			if err := cmd.Wait(); err == nil {

@@ -21,7 +21,7 @@ import (
 // hostPrograms are taken into the guest where the host has them. The others that a test may ask for are servers with
 // folders of data; a test that finds none is skipped, and its skip is shown.
 var hostPrograms = []string{
-	"sh", "cat", "env", "sleep", "true", "false", "mount", "umount", "unshare", "nsenter", "setpriv", "printf", "stty", "tty",
+	"sh", "cat", "env", "sleep", "true", "false", "mount", "umount", "unshare", "nsenter", "setsid", "setpriv", "printf", "stty", "tty",
 	"id", "ls", "mkdir", "rm", "echo", "kill", "head", "curl", "ip", "tc",
 	"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore",
 	"iptables-nft", "iptables-nft-save", "iptables-nft-restore", "ip6tables-nft", "ip6tables-nft-save", "ip6tables-nft-restore",

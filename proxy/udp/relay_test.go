@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package udp
+
+import (
+	"context"
+	"encoding/binary"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+// side is one whose clients are on this host: its answers come from a port of its own.
+type side struct {
+	mu      sync.Mutex
+	refused []unix.Errno
+	told    chan struct{}
+}
+
+func (s *side) Answer(_, client netip.AddrPort) (*net.UDPConn, error) {
+	return net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(client))
+}
+
+func (s *side) Refuse(_, _ netip.AddrPort, why unix.Errno) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refused = append(s.refused, why)
+	s.told <- struct{}{}
+}
+
+// newRelay serves a relay until the test ends, and is spoken to by its flow method: its listeners take transparent sockets.
+func newRelay(t *testing.T) (*Relay, *side) {
+	t.Helper()
+	s := &side{told: make(chan struct{}, 100)}
+	r, err := New(nil, s, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan struct{})
+	go func() { defer close(served); r.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		<-served
+		if len(r.flows) != 0 {
+			t.Errorf("%d flows are left", len(r.flows))
+		}
+		goleak.VerifyNone(t)
+	})
+	return r, s
+}
+
+func listen(t *testing.T) (*net.UDPConn, netip.AddrPort) {
+	t.Helper()
+	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	return c, c.LocalAddr().(*net.UDPAddr).AddrPort()
+}
+
+// TestFlow: datagrams of a flow go to whom the client meant, whole, and what comes back goes to the client.
+func TestFlow(t *testing.T) {
+	r, _ := newRelay(t)
+	client, from := listen(t)
+	server, to := listen(t)
+	f, err := r.flow(key{from, to})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, maxDatagram)
+	for _, size := range []int{0, 1, 1500, 65000} {
+		f.send(f.out, make([]byte, size))
+		n, peer, err := server.ReadFromUDPAddrPort(b)
+		if err != nil || n != size {
+			t.Fatalf("the server got %d bytes (%v), want %d", n, err, size)
+		}
+		if _, err := server.WriteToUDPAddrPort(make([]byte, size), peer); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := client.Read(b); err != nil || n != size {
+			t.Fatalf("the client got %d bytes (%v), want %d", n, err, size)
+		}
+	}
+	if again, err := r.flow(key{from, to}); again != f || err != nil {
+		t.Errorf("the same flow is another one: %v", err)
+	}
+}
+
+// TestRefused: the client is told, and the flow is over.
+func TestRefused(t *testing.T) {
+	r, s := newRelay(t)
+	_, from := listen(t)
+	server, to := listen(t)
+	_ = server.Close()
+	f, err := r.flow(key{from, to})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.send(f.out, []byte("is anybody there?"))
+	<-s.told
+	if len(s.refused) != 1 || s.refused[0] != unix.ECONNREFUSED {
+		t.Errorf("refused with %v, want ECONNREFUSED", s.refused)
+	}
+}
+
+// TestBounded: there are no more flows than may be, and those that there are go on.
+func TestBounded(t *testing.T) {
+	r, _ := newRelay(t)
+	r.mu.Lock()
+	for i := range maxFlows {
+		r.flows[key{client: netip.AddrPortFrom(netip.IPv6Loopback(), uint16(i))}] = nil
+	}
+	r.mu.Unlock()
+	_, from := listen(t)
+	_, to := listen(t)
+	if _, err := r.flow(key{from, to}); err != errFull {
+		t.Errorf("one flow too many: %v, want %v", err, errFull)
+	}
+	r.mu.Lock()
+	clear(r.flows)
+	r.mu.Unlock()
+}
+
+// FuzzMeantFor: control messages are the kernel's; those of another shape are nobody's.
+func FuzzMeantFor(f *testing.F) {
+	message := func(level, kind int, data []byte) []byte {
+		b := binary.NativeEndian.AppendUint64(nil, uint64(unix.CmsgLen(len(data))))
+		b = binary.NativeEndian.AppendUint32(b, uint32(level))
+		b = binary.NativeEndian.AppendUint32(b, uint32(kind))
+		return append(append(b, data...), make([]byte, unix.CmsgSpace(len(data))-unix.CmsgLen(len(data)))...)
+	}
+	v4 := append([]byte{2, 0, 0, 53, 192, 0, 2, 1}, make([]byte, 8)...)
+	v6 := append(append([]byte{10, 0, 0, 53, 0, 0, 0, 0}, netip.MustParseAddr("2001:db8::1").AsSlice()...), 0, 0, 0, 0)
+	f.Add(message(unix.SOL_IP, unix.IP_RECVORIGDSTADDR, v4))
+	f.Add(message(unix.SOL_IPV6, unix.IPV6_RECVORIGDSTADDR, v6))
+	f.Add(message(unix.SOL_IP, unix.IP_RECVORIGDSTADDR, v4[:7]))
+	f.Add([]byte{1, 2, 3})
+	for control, want := range map[string]string{
+		string(message(unix.SOL_IP, unix.IP_RECVORIGDSTADDR, v4)):     "192.0.2.1:53",
+		string(message(unix.SOL_IPV6, unix.IPV6_RECVORIGDSTADDR, v6)): "[2001:db8::1]:53",
+	} {
+		if got, ok := meantFor([]byte(control)); !ok || got.String() != want {
+			f.Errorf("%s, %v; want %s", got, ok, want)
+		}
+	}
+	f.Fuzz(func(_ *testing.T, control []byte) { meantFor(control) })
+}
+
+// TestNotASocket: what is no socket is refused, and closed.
+func TestNotASocket(t *testing.T) {
+	file, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New([]*os.File{file}, &side{}, slog.Default()); err == nil {
+		t.Error("/dev/null is a socket")
+	}
+	if err := file.Close(); err == nil {
+		t.Error("the file was left open")
+	}
+}
