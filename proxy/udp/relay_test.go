@@ -5,6 +5,7 @@ package udp
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -125,7 +126,7 @@ func TestBounded(t *testing.T) {
 	r.mu.Unlock()
 	_, from := listen(t)
 	_, to := listen(t)
-	if _, err := r.flow(key{from, to}); err != errFull {
+	if _, err := r.flow(key{from, to}); !errors.Is(err, errFull) {
 		t.Errorf("one flow too many: %v, want %v", err, errFull)
 	}
 	r.mu.Lock()
