@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,6 +21,32 @@ import (
 type host struct {
 	ns *testnet.Namespace
 	cg *testnet.Cgroup
+	by func(name string, args ...string) *testnet.Cmd // how clients are started; nil: as they are
+}
+
+// program prepares a client.
+func (h host) program(name string, args ...string) *testnet.Cmd {
+	if h.by != nil {
+		return h.by(name, args...)
+	}
+	return h.ns.Command(h.cg, name, args...)
+}
+
+// programs are servers and their clients, by both their names.
+var programs = map[string]func(*testing.T) service{
+	"curl and nginx": nginx, "psql and PostgreSQL": postgres, "redis-cli and redis-server": redis, "ssh and sshd": ssh,
+	"openssl s_client and s_server": openssl,
+}
+
+// serveOn starts a server and waits until it listens in both families.
+func (s service) serveOn(t *testing.T, name string, h host, dir string) {
+	t.Helper()
+	s.start(t, h, dir)
+	for _, v6 := range []bool{false, true} {
+		h.ns.WaitSocket(t, name+" listens in either family", func(x testnet.Socket) bool {
+			return x.State == testnet.Listen && x.Local.Port() == s.port && x.Local.Addr().Is6() == v6
+		})
+	}
 }
 
 // service is a server that we did not write.
@@ -34,24 +61,14 @@ type service struct {
 // TestRealPrograms: programs that know nothing of us work unchanged, through the sidecar, in both directions.
 func TestRealPrograms(t *testing.T) {
 	t.Parallel()
-	for name, program := range map[string]func(*testing.T) service{
-		"curl and nginx": nginx, "psql and PostgreSQL": postgres, "redis-cli and redis-server": redis, "ssh and sshd": ssh,
-		"openssl s_client and s_server": openssl,
-	} {
+	for name, program := range programs {
 		t.Run(name, func(t *testing.T) {
 			s := program(t)
 			p := newCaptured(t, inside)
 			dir := programDir(t)
-			world, app := host{p.ext, nil}, host{p.ns, p.appCG}
-			s.start(t, world, dir)
-			s.start(t, app, programDir(t))
-			for _, h := range []host{world, app} {
-				for _, v6 := range []bool{false, true} {
-					h.ns.WaitSocket(t, name+" listens in either family", func(x testnet.Socket) bool {
-						return x.State == testnet.Listen && x.Local.Port() == s.port && x.Local.Addr().Is6() == v6
-					})
-				}
-			}
+			world, app := host{ns: p.ext}, host{ns: p.ns, cg: p.appCG}
+			s.serveOn(t, name, world, dir)
+			s.serveOn(t, name, app, programDir(t))
 			for _, tt := range []struct {
 				client   host
 				from, to string
@@ -81,6 +98,43 @@ func TestRealPrograms(t *testing.T) {
 						t.Errorf("record %+v, want %s from %s with at least %d and %d bytes", got, direction, tt.from, sent, received)
 					}
 					t.Logf("%+v", got)
+				})
+			}
+		})
+	}
+}
+
+// nobody is the ordinary user whom every host knows by name, as some programs want.
+var nobody = &testnet.User{UID: 65534, GID: 65534}
+
+// TestRealProgramsRootless: the clients, run by `pillion run` without any right; the report tells what went each way.
+func TestRealProgramsRootless(t *testing.T) {
+	t.Parallel()
+	for name, program := range programs {
+		t.Run(name, func(t *testing.T) {
+			s := program(t)
+			session := newSession(t)
+			session.user = nobody
+			dir, file := programDir(t), filepath.Join(session.folder(t), "report")
+			s.serveOn(t, name, host{ns: session.ext}, dir)
+			app := host{ns: session.ns, by: func(name string, args ...string) *testnet.Cmd {
+				return session.raw([]string{"--report=json", "--report-file=" + file}, append([]string{name}, args...)...)
+			}}
+			for _, path := range session.outs()[:2] {
+				t.Run(path.name, func(t *testing.T) {
+					sent, received := s.use(t, app, dir, path.to.String())
+					b, err := os.ReadFile(file) // of the last client
+					var got struct{ Connections []record }
+					if err == nil {
+						err = json.Unmarshal(b, &got)
+					}
+					if err != nil || len(got.Connections) == 0 {
+						t.Fatalf("the report tells of no connection: %v\n%s", err, b)
+					}
+					c := got.Connections[0]
+					if c.Source.Addr() != path.from || c.Destination != netip.AddrPortFrom(path.to, s.port) || c.Reason != "ok" || c.Sent < sent || c.Received < received {
+						t.Errorf("%+v, want from %s to port %d of %s, with at least %d and %d bytes", c, path.from, s.port, path.to, sent, received)
+					}
 				})
 			}
 		})
@@ -129,7 +183,7 @@ func (h host) serve(t *testing.T, user *testnet.User, name string, args ...strin
 // client runs a client to its end and wants all of the given texts in its output.
 func (h host) client(t *testing.T, wants []string, name string, args ...string) {
 	t.Helper()
-	r := run(t, h.ns.Command(h.cg, name, args...))
+	r := run(t, h.program(name, args...))
 	for _, want := range wants {
 		if r.code != 0 || !strings.Contains(r.stdout, want) {
 			t.Fatalf("%s %q: exit code %d, want 0 and %q in its output\n%s%s", name, args, r.code, want, tail(r.stdout, 1000), r.stderr)
@@ -186,13 +240,12 @@ func redis(t *testing.T) service {
 
 func postgres(t *testing.T) service {
 	server, initdb, psql := testnet.NeedProgram(t, "postgres", "postgresql"), testnet.NeedProgram(t, "initdb", "postgresql"), testnet.NeedProgram(t, "psql", "postgresql-client")
-	nobody := &testnet.User{UID: 65534, GID: 65534} // it refuses to run as root
 	return service{
 		port: 5432,
 		start: func(t *testing.T, h host, dir string) {
 			data := dir + "/data"
 			make := h.ns.Command(nil, initdb, "-D", data, "-U", "postgres", "--auth", "trust", "--no-sync", "--no-instructions", "--locale", "C")
-			make.User, make.Dir = nobody, dir
+			make.User, make.Dir = nobody, dir // it refuses to run as root
 			must(t, "initdb", run(t, make))
 			hba, err := os.OpenFile(data+"/pg_hba.conf", os.O_APPEND|os.O_WRONLY, 0)
 			if err != nil {
@@ -208,7 +261,7 @@ func postgres(t *testing.T) service {
 			me := map[string]string{server4: pod4, server6: pod6, pod4: client4, pod6: client6}[address]
 			// A server that listens may not be ready yet: it then says so, and psql fails.
 			testnet.Wait(t, "PostgreSQL answers", func() bool {
-				return run(t, h.ns.Command(h.cg, psql, "-h", address, "-U", "postgres", "-c", "select 1")).code == 0
+				return run(t, h.program(psql, "-h", address, "-U", "postgres", "-c", "select 1")).code == 0
 			})
 			h.client(t, []string{me + "|" + address + "|5432|200000"}, psql, "-h", address, "-U", "postgres", "-At", "-c",
 				"select host(inet_client_addr()), host(inet_server_addr()), inet_server_port(), length(repeat('x', 200000))")
@@ -222,6 +275,9 @@ func ssh(t *testing.T) service {
 	keys := programDir(t) // of both hosts, and of the client
 	for _, key := range []string{"host", "user"} {
 		must(t, "ssh-keygen", run(t, testnet.New(t).Command(keygen, "-q", "-t", "ed25519", "-N", "", "-f", keys+"/"+key)))
+	}
+	if err := os.Chown(keys+"/user", int(nobody.UID), int(nobody.GID)); err != nil { // root may read it, and is not asked why others may
+		t.Fatal(err)
 	}
 	return service{
 		port: 2222,
@@ -267,7 +323,7 @@ func openssl(t *testing.T) service {
 			}
 		},
 		use: func(t *testing.T, h host, dir, address string) (int64, int64) {
-			cmd := h.ns.Command(h.cg, program, "s_client", "-connect", net.JoinHostPort(address, "4433"), "-servername", "pillion", "-ign_eof")
+			cmd := h.program(program, "s_client", "-connect", net.JoinHostPort(address, "4433"), "-servername", "pillion", "-ign_eof")
 			cmd.Stdin = strings.NewReader("GET / HTTP/1.0\r\n\r\n")
 			r := run(t, cmd)
 			for _, want := range []string{"subject=CN = pillion", "TLSv1.3", "s_server -"} {
