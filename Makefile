@@ -31,7 +31,7 @@ test-pods: ## real pods on those kernels, in virtual machines (qemu, podman; roo
 soak: ## ten minutes of everything at random, with checked invariants (root)
 	@scripts/soak.sh
 
-bench: ## connection set-up through Pillion beside direct and iptables REDIRECT, as ratios (root)
+bench: ## set-up and bulk through Pillion beside direct, iptables REDIRECT and slirp4netns, as ratios (root)
 	@scripts/deps.sh bench
 	@scripts/bench.sh
 

@@ -18,7 +18,7 @@ packages_of() {
 	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
 	vm) echo ca-certificates qemu-system-x86 debian-archive-keyring iproute2 iptables util-linux curl busybox-static ;;
 	vm-pods) echo ca-certificates qemu-system-x86 debian-archive-keyring podman netavark libcap2-bin ;;
-	bench) echo ca-certificates iproute2 iptables ;;
+	bench) echo ca-certificates iproute2 iptables util-linux slirp4netns ;;
 	lint) echo ca-certificates shellcheck git ;;
 	generate) echo ca-certificates clang-14 llvm-14 libbpf-dev linux-libc-dev ;;
 	ci) echo make git ;;

@@ -7,17 +7,25 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/redirect"
+	"github.com/pillionproxy/pillion/redirect/route"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // Install does what the plan says in the network namespace of this process, which must be a fresh one of its own.
 func (p Plan) Install() error {
+	for _, s := range p.Sysctls {
+		// Where /proc/sys may not be written, as in some containers, it is as fast as the host's way of congestion control.
+		_ = os.WriteFile(s.Path(), []byte(s.Value), 0)
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
@@ -31,6 +39,9 @@ func (p Plan) Install() error {
 		if err := netlink.AddrAdd(lo, add); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add the address %s to lo: %w", a, err)
 		}
+	}
+	if err := p.awaitAddresses(); err != nil {
+		return err
 	}
 	for _, r := range p.Routes {
 		add := &netlink.Route{
@@ -47,6 +58,34 @@ func (p Plan) Install() error {
 		}
 	}
 	return nil
+}
+
+// The kernel makes an IPv6 address usable some time after it was added, whether or not it looks for a duplicate
+// (addrconf_dad_completed in net/ipv6/addrconf.c): until then nothing can be sent from it.
+const (
+	usableTime = 10 * time.Second
+	usableStep = time.Millisecond
+)
+
+// awaitAddresses waits until every IPv6 address has its route in the table `local`.
+func (p Plan) awaitAddresses() error {
+	for end := time.Now().Add(usableTime); ; time.Sleep(usableStep) {
+		routes, err := route.List(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(unix.AF_INET6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return fmt.Errorf("list the local routes: %w", err)
+		}
+		missing := slices.DeleteFunc(slices.Clone(p.Addresses), func(a netip.Addr) bool {
+			return a.Is4() || slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst != nil && r.Dst.IP.Equal(a.AsSlice()) })
+		})
+		if len(missing) == 0 {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("the addresses %v do not become usable", missing)
+		}
+	}
 }
 
 // Try sets the packet filter of a host without addresses in the network namespace of this process, which must be a fresh one of

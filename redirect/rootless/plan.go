@@ -16,11 +16,12 @@ const Name = "rootless"
 
 // Plan is everything that is done in the namespace of the command, in this order.
 type Plan struct {
-	Backend   string        `json:"backend"`
-	Addresses []netip.Addr  `json:"addresses"` // added to lo
-	Routes    []Destination `json:"routes"`    // local, through lo
-	Ports     Ports         `json:"ports"`     // to which the rules lead
-	Rules     []Rule        `json:"rules"`     // of the table "pillion" of each family
+	Backend   string            `json:"backend"`
+	Sysctls   []redirect.Sysctl `json:"sysctls"`
+	Addresses []netip.Addr      `json:"addresses"` // added to lo
+	Routes    []Destination     `json:"routes"`    // local, through lo
+	Ports     Ports             `json:"ports"`     // to which the rules lead
+	Rules     []Rule            `json:"rules"`     // of the table "pillion" of each family
 }
 
 // Ports are the listeners to which the packet filter leads, at 127.0.0.1 and ::1.
@@ -31,11 +32,16 @@ type Ports struct {
 
 // MakePlan makes the plan for a host.
 func MakePlan(h Host, p Ports) Plan {
-	plan := Plan{Backend: Name, Addresses: h.Addresses, Routes: h.Routes, Ports: p}
+	plan := Plan{Backend: Name, Sysctls: sysctls, Addresses: h.Addresses, Routes: h.Routes, Ports: p}
 	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
 		plan.Rules = append(plan.Rules, rules(f, h.Addresses, p)...)
 	}
 	return plan
+}
+
+// sysctls are those of the namespace.
+var sysctls = []redirect.Sysctl{
+	{Name: "net.ipv4.tcp_congestion_control", Value: "reno", Why: "what paces itself, as BBR does, is slow where there is no network"},
 }
 
 // rules are those of a family.
@@ -82,7 +88,10 @@ func manyAddresses(f redirect.Family) []netip.Prefix {
 func (p Plan) WriteText(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# backend %s: in a user and a network namespace of the command's own (unshare --user --net)\n", p.Backend)
-	fmt.Fprintf(&b, "ip link set lo up\n\n# the host's addresses, which the command goes on having\n")
+	for _, s := range p.Sysctls {
+		fmt.Fprintf(&b, "# %s\nsysctl -w %s=%s\n", s.Why, s.Name, s.Value)
+	}
+	fmt.Fprintf(&b, "\nip link set lo up\n\n# the host's addresses, which the command goes on having\n")
 	for _, a := range p.Addresses {
 		fmt.Fprintf(&b, "ip address add %s/%d dev lo\n", a, a.BitLen())
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 
@@ -20,11 +21,12 @@ type bench struct {
 	rounds      int
 	connections int
 	parallel    int
+	bulk        int64    // bytes
 	subjects    []string // those of subjects that are measured
 }
 
 // subjects are compared in this order; the first and the second are what the others are divided by.
-var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion"}
+var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns"}
 
 var families = []string{"IPv4", "IPv6"}
 
@@ -35,6 +37,7 @@ type key struct{ subject, family string }
 type result struct {
 	one  sample  // one connection at a time
 	many sample  // several at a time
+	bulk sample  // one connection, much at once
 	cpu  float64 // microseconds of the sidecar's CPU time for each connection of `many`; 0 without a sidecar
 }
 
@@ -45,7 +48,7 @@ func (b bench) measure(ctx context.Context) (_ results, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("network namespaces and BPF need root: sudo make bench")
 	}
-	perFamily := 2 * b.connections * (b.rounds + 1)
+	perFamily := (2*b.connections + 1) * (b.rounds + 1)
 	if most := config.DialOutbound.Len(); perFamily > most {
 		return nil, fmt.Errorf("%d connections to one destination: at most %d, so that no port of a sidecar is used twice", perFamily, most)
 	}
@@ -79,14 +82,17 @@ func (b bench) measure(ctx context.Context) (_ results, err error) {
 }
 
 func (b bench) round(ctx context.Context, h *host, family string) (r result, err error) {
-	if r.one, err = h.client(ctx, family, b.connections, 1); err != nil {
+	if r.one, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", "1"); err != nil {
+		return r, err
+	}
+	if r.bulk, err = h.client(ctx, family, "-bulk", strconv.FormatInt(b.bulk, 10)); err != nil {
 		return r, err
 	}
 	before, err := h.cpu()
 	if err != nil {
 		return r, err
 	}
-	if r.many, err = h.client(ctx, family, b.connections, b.parallel); err != nil {
+	if r.many, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", strconv.Itoa(b.parallel)); err != nil {
 		return r, err
 	}
 	time.Sleep(50 * time.Millisecond) // the sidecar's share of the last closes
@@ -99,11 +105,10 @@ func (b bench) round(ctx context.Context, h *host, family string) (r result, err
 }
 
 // client runs the client in the app's cgroup and namespace.
-func (h *host) client(ctx context.Context, family string, connections, parallel int) (s sample, err error) {
-	cmd := h.command(ctx, "app", h.lab.self, "client", "-target", fmt.Sprintf("%s:%d", h.server[family], serverPort),
-		"-connections", strconv.Itoa(connections), "-parallel", strconv.Itoa(parallel),
-		"-carried="+strconv.FormatBool(h.sidecar != nil))
-	out, err := cmd.Output()
+func (h *host) client(ctx context.Context, family string, args ...string) (s sample, err error) {
+	program := append(slices.Clone(h.through), h.lab.self, "client", "-target", fmt.Sprintf("%s:%d", h.server[family], serverPort),
+		"-carried="+strconv.FormatBool(h.carried))
+	out, err := h.command(ctx, "app", append(program, args...)...).Output()
 	if err != nil {
 		return s, explained(err)
 	}

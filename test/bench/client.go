@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -27,6 +28,7 @@ type client struct {
 	connections int
 	parallel    int
 	carried     bool
+	bulk        int64
 }
 
 // sample is what one run of the client saw.
@@ -34,12 +36,16 @@ type sample struct {
 	Connect   float64 `json:"connect_us"`    // median time of connect()
 	FirstByte float64 `json:"first_byte_us"` // median time from before connect() to the first byte of the answer
 	Rate      float64 `json:"rate"`          // connections per second
+	Bulk      float64 `json:"bulk"`          // megabytes per second
 }
 
 func (c client) run() (sample, error) {
 	target, err := netip.ParseAddrPort(c.target)
 	if err != nil {
 		return sample{}, err
+	}
+	if c.bulk > 0 {
+		return c.download(target)
 	}
 	type times struct{ connect, firstByte time.Duration }
 	var (
@@ -83,6 +89,9 @@ func (c client) run() (sample, error) {
 		Rate:      float64(c.connections) / took.Seconds(),
 	}, nil
 }
+
+// wantBulk marks the first word of a client that wants so many bytes; others send a zero byte.
+const wantBulk = 1 << 56
 
 // Answers of the server: who dialled it, by the source port.
 const (
@@ -134,6 +143,34 @@ func exchange(target netip.AddrPort, carried bool) (connect, firstByte time.Dura
 	return connect, firstByte, nil
 }
 
+// download reads what the server sends for as long as it sends.
+func (c client) download(target netip.AddrPort) (s sample, err error) {
+	conn, err := net.Dial("tcp", target.String())
+	if err != nil {
+		return s, err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		return s, err
+	}
+	began := time.Now()
+	if err := binary.Write(conn, binary.BigEndian, wantBulk|c.bulk); err != nil {
+		return s, err
+	}
+	var by [1]byte
+	if _, err := io.ReadFull(conn, by[:]); err != nil {
+		return s, err
+	}
+	if got := by[0] == bySidecar; got != c.carried {
+		return s, fmt.Errorf("came by a sidecar: %t, expected %t", got, c.carried)
+	}
+	n, err := io.Copy(io.Discard, conn)
+	if err != nil || n != c.bulk {
+		return s, fmt.Errorf("%d bytes of %d came: %w", n, c.bulk, err)
+	}
+	return sample{Bulk: float64(n) / 1e6 / time.Since(began).Seconds()}, nil
+}
+
 // retry repeats a call that Go's preemption signals interrupted.
 func retry(f func() error) error {
 	for {
@@ -165,11 +202,24 @@ func answer(conn net.Conn) {
 	if _, err := conn.Read(buf[:]); err != nil {
 		return
 	}
+	var bulk int64
+	if buf[0] != 0 { // the first byte of wantBulk, and the count behind it
+		var rest [7]byte
+		if _, err := io.ReadFull(conn, rest[:]); err != nil {
+			return
+		}
+		bulk = int64(binary.BigEndian.Uint64(append([]byte{0}, rest[:]...)))
+	}
 	buf[0] = byApp
 	if config.DialOutbound.Contains(conn.RemoteAddr().(*net.TCPAddr).AddrPort().Port()) {
 		buf[0] = bySidecar
 	}
 	_, _ = conn.Write(buf[:])
+	for chunk := make([]byte, 1<<20); bulk > 0; bulk -= int64(len(chunk)) {
+		if _, err := conn.Write(chunk[:min(bulk, int64(len(chunk)))]); err != nil {
+			return
+		}
+	}
 }
 
 func plainTCP() *net.ListenConfig {

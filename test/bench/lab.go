@@ -36,7 +36,9 @@ type host struct {
 	netns   string            // its name
 	cgroup  string            // its path
 	server  map[string]string // the server's address as seen from here, by family; in brackets where IPv6
-	sidecar *exec.Cmd         // nil where there is none
+	sidecar *exec.Cmd         // nil where there is none, or one for each client
+	through []string          // what starts a client
+	carried bool              // it comes by a sidecar
 	log     string            // what the sidecar prints
 }
 
@@ -145,7 +147,46 @@ func (l *lab) prepare(ctx context.Context, subject string) error {
 			return err
 		}
 		return h.capture(ctx)
+	case "rootless":
+		h.carried = true
+		h.through = []string{
+			"setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all",
+			l.pillion, "run", "--backend", "rootless", "--report", "none", "--",
+		}
+	case "slirp4netns":
+		return h.startSlirp(ctx)
 	}
+	return nil
+}
+
+// nobody is a user without rights.
+const nobody = "65534"
+
+// startSlirp makes a user and a network namespace, and a stack in user space between it and the host's.
+func (h *host) startSlirp(ctx context.Context) error {
+	inner, err := h.start(h.command(ctx, "", "unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo ready; exec sleep 100000"), true)
+	if err != nil {
+		return err
+	}
+	pid := strconv.Itoa(inner.Process.Pid)
+	ready, readyWriter, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	// As podman starts it; with the largest packets, which it carries best.
+	slirp := h.command(ctx, "", "slirp4netns", "--configure", "--mtu=65520", "--enable-ipv6", "--ready-fd=3", pid, "tap0")
+	slirp.ExtraFiles = []*os.File{readyWriter}
+	_, err = h.start(slirp, false)
+	_ = readyWriter.Close()
+	if err != nil {
+		return err
+	}
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		text, _ := os.ReadFile(h.log)
+		return fmt.Errorf("slirp4netns did not become ready: %w\n%s", err, text)
+	}
+	h.through = []string{"nsenter", "--user", "--net", "--preserve-credentials", "--target", pid}
 	return nil
 }
 
@@ -164,6 +205,7 @@ func (h *host) startSidecar(ctx context.Context, saysReady bool, args ...string)
 		"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--no-new-privs",
 		"--inh-caps=-all,+net_raw", "--ambient-caps=-all,+net_raw", "--bounding-set=-all,+net_raw",
 	}, args...)...), saysReady)
+	h.carried = true
 	return err
 }
 

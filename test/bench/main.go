@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command bench measures what it costs a connection to be captured: the time of connect(), the time to the first byte of
-// an answer, connections per second, and the sidecar's CPU time for each. It compares, in one run and in turns:
+// an answer, connections per second, the sidecar's CPU time for each, and how fast one connection carries bulk. It compares, in one run and in turns:
 //
 //	direct           nothing in between
 //	redirect+relay   iptables REDIRECT and a minimal relay of ours (goroutines and io.Copy, which splices)
 //	capture+relay    Pillion's capture and the same relay: what the capture itself costs
 //	pillion          Pillion's capture and `pillion proxy`
+//	rootless         `pillion run` of a user without rights
+//	slirp4netns      a network stack in user space, as rootless containers have it
 //
 // What always holds: each subject has a network namespace of its own, joined to one server, so that nothing is rebuilt
 // between rounds; no source port is used twice in one; a figure is never read alone but as a ratio to `direct` and
@@ -43,6 +45,7 @@ func run(args []string, stdout io.Writer) error {
 	switch role {
 	case "client":
 		var c client
+		flags.Int64Var(&c.bulk, "bulk", 0, "instead, let one connection carry so many bytes")
 		flags.StringVar(&c.target, "target", "", "address and port of the server")
 		flags.IntVar(&c.connections, "connections", 1, "how many connections to make")
 		flags.IntVar(&c.parallel, "parallel", 1, "how many at a time")
@@ -69,6 +72,7 @@ func run(args []string, stdout io.Writer) error {
 	flags.StringVar(&b.pillion, "pillion", "bin/pillion", "the binary to measure")
 	flags.IntVar(&b.rounds, "rounds", 5, "rounds, each with every subject")
 	flags.IntVar(&b.connections, "connections", 300, "connections of each subject, family and case in a round")
+	flags.Int64Var(&b.bulk, "bulk", 256<<20, "bytes of a connection in the third case")
 	flags.IntVar(&b.parallel, "parallel", 16, "connections at a time in the second case")
 	b.subjects = subjects
 	flags.Func("subjects", "measure only these, separated by commas (default all: "+strings.Join(subjects, ",")+")", func(s string) error {

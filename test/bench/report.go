@@ -37,6 +37,9 @@ func (b bench) report(w io.Writer, all results) error {
 			{"connections/s", func(r result) float64 { return r.many.Rate }},
 			{"sidecar CPU, µs each", func(r result) float64 { return r.cpu }},
 		}},
+		{fmt.Sprintf("%d MB over one connection", b.bulk/1e6), []figure{
+			{"MB/s", func(r result) float64 { return r.bulk.Bulk }},
+		}},
 	} {
 		fmt.Fprintf(&out, "\n### %s\n\n| family | subject |", table.title)
 		for _, f := range table.figures {
