@@ -145,6 +145,20 @@ func TestRunKeepsTheTerminal(t *testing.T) {
 				t.Errorf("%v, want exit code 8", err)
 			}
 		})
+		t.Run("the terminal is closed", func(t *testing.T) {
+			tt := newTerminal(t, 24, 80)
+			mark := "MARK=" + s.ns.Name
+			cmd := s.command(nil, `sleep 1000 & echo ready; wait`)
+			cmd.Env = append(os.Environ(), mark)
+			tt.start(t, cmd)
+			tt.see(t, "ready")
+			tt.slave.Close()
+			tt.master.Close()
+			if err := cmd.Wait(); cmd.ExitCode() != 129 {
+				t.Errorf("%v, want exit code 129, of SIGHUP", err)
+			}
+			testnet.Wait(t, "no process is left", func() bool { return len(processesWith(mark)) == 0 })
+		})
 		t.Run("a table at the end", func(t *testing.T) {
 			w := s.paths()[0]
 			saw := make(chan seen, 1)
