@@ -117,7 +117,7 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn...)
+	signal.Notify(signals, passedOn()...)
 	defer signal.Stop(signals)
 	if err := cmd.Start(); err != nil {
 		return 0, &config.Fault{Err: fmt.Errorf("start %s: %w", path, err), Exit: exitNotExecutable}
@@ -141,8 +141,12 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 	return ws.ExitStatus(), nil
 }
 
-// passedOn are the signals that the command gets when we do.
-var passedOn = []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM}
+// passedOn are the signals that the command gets when we do. What whoever started us wants ignored, as nohup does SIGHUP, is for
+// the command to ignore, too: Go leaves SIGHUP and SIGINT so, and no other (os/signal).
+func passedOn() []os.Signal {
+	all := []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM}
+	return slices.DeleteFunc(all, signal.Ignored)
+}
 
 // forwardSignals passes on what was sent to us. What the terminal sends goes to its whole foreground process group: the
 // command has got it already, and decides.

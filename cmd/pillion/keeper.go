@@ -200,7 +200,7 @@ func (k *keeper) start(s keepStart) error {
 	}
 	cmd := &exec.Cmd{Path: s.Path, Args: s.Args, Stdin: k.e.stdin, Stdout: k.e.stdout, Stderr: k.e.stderr}
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn...)
+	signal.Notify(signals, passedOn()...)
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // the death of the starting thread would be that of the command

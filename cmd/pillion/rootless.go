@@ -272,7 +272,7 @@ func (k *kept) Refuse(meant, client netip.AddrPort, why unix.Errno) {
 // run starts the command and waits for its end.
 func (k *kept) run(s keepStart) (status, left int, err error) {
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn...)
+	signal.Notify(signals, passedOn()...)
 	defer signal.Stop(signals)
 	if _, err := k.ask(keepRequest{Start: &s}); err != nil {
 		return 0, 0, err

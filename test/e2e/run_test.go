@@ -253,3 +253,17 @@ func TestRunAsTheInvokingUser(t *testing.T) {
 		t.Errorf("the server's peer is %s, want a port of %s", server.peer, w.ports)
 	}
 }
+
+// TestRunUnderNohup: what whoever starts run wants ignored stays ignored, by the command too.
+func TestRunUnderNohup(t *testing.T) {
+	eachSession(t, func(t *testing.T, s *session) {
+		const ignored = `grep SigIgn /proc/self/status`
+		for _, program := range []string{"", carrierPath + " run -- "} {
+			cmd := s.ns.Command(s.cg, "/bin/sh", "-c", fmt.Sprintf("trap '' HUP INT; exec %s/bin/sh -c '%s'", program, ignored))
+			cmd.User = s.user
+			if r := run(t, cmd); r.code != 0 || !strings.Contains(r.stdout, "0000000000000003") {
+				t.Errorf("%q: exit code %d, %q\n%s", program, r.code, r.stdout, r.stderr)
+			}
+		}
+	})
+}
