@@ -12,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// line carries messages and descriptors between the keeper and the proxy: one message is one packet of a SOCK_SEQPACKET pair.
+// line carries messages and descriptors between the keeper and the proxy: one message is one packet of a SOCK_SEQPACKET pair. What
+// is too long for that, as the routes of a router or the arguments of a command may be, is in a file of memory beside it.
 type line struct{ *net.UnixConn }
 
-// Bounds of a message. A plan has a line for each address and route of a host.
 const (
-	lineBytes = 1 << 20
-	lineFiles = 8
+	packetBytes = 16 << 10 // every host lets a socket send so much
+	lineFiles   = 8        // in one packet
 )
 
 // newLine makes a pair: one end for us, and the other for a process that is to be started.
@@ -34,11 +34,7 @@ func newLine() (*line, *os.File, error) {
 		_ = theirs.Close()
 		return nil, nil, err
 	}
-	l := &line{conn.(*net.UnixConn)}
-	for _, end := range []int{fds[0], fds[1]} {
-		_ = unix.SetsockoptInt(end, unix.SOL_SOCKET, unix.SO_SNDBUF, lineBytes) // as much of it as the host allows
-	}
-	return l, theirs, nil
+	return &line{conn.(*net.UnixConn)}, theirs, nil
 }
 
 // send sends a message and copies of the files.
@@ -46,6 +42,14 @@ func (l *line) send(message any, files []*os.File) error {
 	b, err := json.Marshal(message)
 	if err != nil {
 		return err
+	}
+	if len(b) > packetBytes {
+		long, err := memory(b)
+		if err != nil {
+			return err
+		}
+		defer long.Close()
+		b, files = inMemory, append([]*os.File{long}, files...)
 	}
 	var rights []byte
 	if len(files) > 0 {
@@ -63,7 +67,7 @@ func (l *line) send(message any, files []*os.File) error {
 
 // receive waits for a message. The files are the caller's. io.EOF: the other end is gone.
 func (l *line) receive(message any) (files []*os.File, err error) {
-	b, rights := make([]byte, lineBytes), make([]byte, unix.CmsgSpace(4*lineFiles))
+	b, rights := make([]byte, packetBytes), make([]byte, unix.CmsgSpace(4*lineFiles))
 	n, rn, _, _, err := l.ReadMsgUnix(b, rights)
 	if err == nil && n == 0 {
 		err = io.EOF
@@ -85,5 +89,31 @@ func (l *line) receive(message any) (files []*os.File, err error) {
 			files = append(files, os.NewFile(uintptr(fd), "keeper"))
 		}
 	}
-	return files, json.Unmarshal(b[:n], message)
+	b = b[:n]
+	if string(b) == string(inMemory) && len(files) > 0 {
+		b, err = io.ReadAll(files[0])
+		_ = files[0].Close()
+		files = files[1:]
+		if err != nil {
+			return files, err
+		}
+	}
+	return files, json.Unmarshal(b, message)
+}
+
+// inMemory is the packet of a message that is in its first file.
+var inMemory = []byte("in memory")
+
+// memory is a file with a content, read from its start.
+func memory(content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("pillion", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "message")
+	if _, err := f.WriteAt(content, 0); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
 }

@@ -28,7 +28,7 @@ const (
 	// are done long before).
 	idle     = 2 * time.Minute
 	idleOnce = 30 * time.Second // after a single answer
-	// maxFlows bounds the flows of a relay: each has two descriptors.
+	// maxFlows bounds the flows of a relay: each has two descriptors. A new one ends the one that has been idle for longest.
 	maxFlows = 4096
 	// maxDatagram is more than a datagram of either family can carry without jumbograms (RFC 768, RFC 2675).
 	maxDatagram = 64 << 10
@@ -50,6 +50,7 @@ type Relay struct {
 
 	mu    sync.Mutex
 	flows map[key]*flow
+	most  int // of them
 	work  sync.WaitGroup
 }
 
@@ -67,7 +68,7 @@ type flow struct {
 
 // New takes over listeners, which tell for whom each datagram was (IP_RECVORIGDSTADDR).
 func New(files []*os.File, side Side, log *slog.Logger) (*Relay, error) {
-	r := &Relay{side: side, log: log, flows: make(map[key]*flow)}
+	r := &Relay{side: side, log: log, flows: make(map[key]*flow), most: mostFlows()}
 	for _, f := range files {
 		conn, err := net.FilePacketConn(f)
 		_ = f.Close()
@@ -78,6 +79,15 @@ func New(files []*os.File, side Side, log *slog.Logger) (*Relay, error) {
 		r.listeners = append(r.listeners, conn.(*net.UDPConn))
 	}
 	return r, nil
+}
+
+// mostFlows leaves most descriptors of this process to connections.
+func mostFlows() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return maxFlows
+	}
+	return max(1, int(min(limit.Cur/8, maxFlows)))
 }
 
 // Serve relays until ctx is done, and returns when nothing of the relay is left.
@@ -127,8 +137,6 @@ func (r *Relay) receive(l *net.UDPConn) {
 	}
 }
 
-var errFull = errors.New("as many flows as may be are open")
-
 // flow finds a flow, or begins it.
 func (r *Relay) flow(k key) (*flow, error) {
 	r.mu.Lock()
@@ -136,8 +144,8 @@ func (r *Relay) flow(k key) (*flow, error) {
 	if f := r.flows[k]; f != nil {
 		return f, nil
 	}
-	if len(r.flows) >= maxFlows {
-		return nil, errFull
+	if len(r.flows) >= r.most {
+		r.evict()
 	}
 	out, err := dial(k)
 	if err != nil {
@@ -154,6 +162,20 @@ func (r *Relay) flow(k key) (*flow, error) {
 	r.work.Go(func() { r.carry(f, out, back, true) })
 	r.work.Go(func() { r.carry(f, back, out, false) })
 	return f, nil
+}
+
+// evict ends the flow that has been idle for longest. r.mu is held.
+func (r *Relay) evict() {
+	var oldest *flow
+	for _, f := range r.flows {
+		if oldest == nil || f.used.Load() < oldest.used.Load() {
+			oldest = f
+		}
+	}
+	if oldest != nil {
+		delete(r.flows, oldest.key)
+		oldest.close()
+	}
 }
 
 // dial opens the socket towards whom the client meant, from the client's address where this host has it.

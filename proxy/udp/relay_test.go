@@ -5,7 +5,6 @@ package udp
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -116,22 +115,25 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestBounded: there are no more flows than may be, and those that there are go on.
+// TestBounded: there are no more flows than may be; the one that has been idle for longest makes room.
 func TestBounded(t *testing.T) {
 	r, _ := newRelay(t)
-	r.mu.Lock()
-	for i := range maxFlows {
-		r.flows[key{client: netip.AddrPortFrom(netip.IPv6Loopback(), uint16(i))}] = nil
-	}
-	r.mu.Unlock()
-	_, from := listen(t)
+	r.most = 3
 	_, to := listen(t)
-	if _, err := r.flow(key{from, to}); !errors.Is(err, errFull) {
-		t.Errorf("one flow too many: %v, want %v", err, errFull)
+	var flows []*flow
+	for range r.most + 1 {
+		_, from := listen(t)
+		f, err := r.flow(key{from, to})
+		if err != nil {
+			t.Fatal(err)
+		}
+		flows = append(flows, f)
 	}
 	r.mu.Lock()
-	clear(r.flows)
-	r.mu.Unlock()
+	defer r.mu.Unlock()
+	if len(r.flows) != r.most || r.flows[flows[0].key] != nil || r.flows[flows[r.most].key] != flows[r.most] {
+		t.Errorf("%d flows, want %d, without the first and with the last", len(r.flows), r.most)
+	}
 }
 
 // FuzzMeantFor: control messages are the kernel's; those of another shape are nobody's.

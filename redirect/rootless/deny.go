@@ -26,6 +26,9 @@ const restricted = "this host lets no user have rights in a namespace of their o
 // Explain says of an error of making the namespaces which switch of this host forbids it, and who may turn it.
 func Explain(err error) error {
 	hint := restricted
+	if errors.Is(err, unix.EAGAIN) {
+		hint = "this user has as many processes as it may have (ulimit -u)"
+	}
 	for _, s := range switches {
 		b, rerr := os.ReadFile("/proc/sys/" + strings.ReplaceAll(s.name, ".", "/"))
 		if rerr == nil && strings.TrimSpace(string(b)) == s.forbids {

@@ -48,12 +48,34 @@ func Look() (Host, error) {
 			return h, fmt.Errorf("list the routes of this host: %w", err)
 		}
 		for _, r := range routes {
-			if d, ok := destination(r, family); ok && !slices.ContainsFunc(h.Routes, func(have Destination) bool { return have.To == d.To }) {
+			if d, ok := destination(r, family); ok {
 				h.Routes = append(h.Routes, d)
 			}
 		}
 	}
+	h.Routes = shorten(h.Routes)
 	return h, nil
+}
+
+// shorten leaves out what a wider destination says already: a router has hundreds of thousands of routes, and few addresses.
+func shorten(all []Destination) (short []Destination) {
+	slices.SortStableFunc(all, func(a, b Destination) int { return a.To.Bits() - b.To.Bits() })
+	said := make(map[netip.Prefix]netip.Addr) // the source, by destination
+	for _, d := range all {
+		if _, there := said[d.To]; there {
+			continue // by a route of a greater metric: the kernel lists them in the order of their metrics
+		}
+		source, covered := netip.Addr{}, false
+		for bits := d.To.Bits(); bits >= 0 && !covered; bits-- {
+			wider, _ := d.To.Addr().Prefix(bits)
+			source, covered = said[wider]
+		}
+		if !covered || source != d.Source {
+			said[d.To] = d.Source
+			short = append(short, d)
+		}
+	}
+	return short
 }
 
 // destination is a route of the main table; false if it leads nowhere, or from nowhere. Local ones are there where the host is

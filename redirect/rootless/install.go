@@ -52,12 +52,18 @@ func (p Plan) Install() error {
 			return fmt.Errorf("add a local route to %s from %s: %w", r.To, r.Source, err)
 		}
 	}
-	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
-		if err := p.filter(f); err != nil {
-			return err
-		}
+	return filterAll(p)
+}
+
+// filterAll sets the rules of every family that the kernel has.
+func filterAll(p Plan) error {
+	if err := p.filter(redirect.IPv4); err != nil {
+		return err
 	}
-	return nil
+	if _, err := os.Stat("/proc/self/net/if_inet6"); err != nil {
+		return nil
+	}
+	return p.filter(redirect.IPv6)
 }
 
 // The kernel makes an IPv6 address usable some time after it was added, whether or not it looks for a duplicate
@@ -91,8 +97,7 @@ func (p Plan) awaitAddresses() error {
 // Try sets the packet filter of a host without addresses in the network namespace of this process, which must be a fresh one of
 // its own.
 func Try() error {
-	p := MakePlan(Host{}, Ports{TCP: 1, UDP: 1})
-	return errors.Join(p.filter(redirect.IPv4), p.filter(redirect.IPv6))
+	return filterAll(MakePlan(Host{}, Ports{TCP: 1, UDP: 1}))
 }
 
 func prefix(p netip.Prefix) *net.IPNet {

@@ -4,6 +4,7 @@ package rootless
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -59,5 +60,25 @@ func TestIntervals(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", prefix, diff)
 		}
+	}
+}
+
+// TestShorten: what a wider destination says with the same source is left out, and nothing else.
+func TestShorten(t *testing.T) {
+	all := []Destination{
+		via("10.1.2.0/24", "10.0.0.1"), via("0.0.0.0/0", "192.0.2.2"), via("10.0.0.0/8", "10.0.0.1"), via("192.0.2.0/24", "192.0.2.2"),
+		via("10.1.0.0/16", "192.0.2.2"), via("10.1.2.3/32", "10.0.0.1"), via("2001:db8::/32", "2001:db8::2"), via("10.0.0.0/8", "10.0.0.9"),
+	}
+	want := []Destination{
+		via("0.0.0.0/0", "192.0.2.2"), via("10.0.0.0/8", "10.0.0.1"), via("10.1.0.0/16", "192.0.2.2"), via("10.1.2.0/24", "10.0.0.1"),
+		via("2001:db8::/32", "2001:db8::2"),
+	}
+	byText := cmp.Comparer(func(a, b Destination) bool { return a == b })
+	sortBy := func(list []Destination) []Destination {
+		slices.SortFunc(list, func(a, b Destination) int { return strings.Compare(a.To.String(), b.To.String()) })
+		return list
+	}
+	if diff := cmp.Diff(sortBy(want), sortBy(shorten(all)), byText); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

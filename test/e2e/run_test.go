@@ -119,6 +119,10 @@ func TestRunTouchesNothingOfTheCommand(t *testing.T) {
 		if r != want {
 			t.Errorf("got  %+v\nwant %+v", r, want)
 		}
+		long := strings.Repeat("x", 100_000)
+		if r := run(t, s.command(nil, `echo ${#1}`, "sh", long)); r.stdout != "100000\n" {
+			t.Errorf("of a long argument the command says %q\n%s", r.stdout, r.stderr)
+		}
 	})
 }
 
