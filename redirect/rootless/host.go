@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 
 	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/route"
@@ -18,6 +20,7 @@ import (
 type Host struct {
 	Addresses []netip.Addr  `json:"addresses"` // but for those of the loopback device
 	Routes    []Destination `json:"routes"`
+	NoIPv6    bool          `json:"no_ipv6"` // it is switched off
 }
 
 // Destination is where the host has a route to, and the address that it takes for it.
@@ -29,6 +32,8 @@ type Destination struct {
 // Look reads the network namespace of this process.
 func Look() (Host, error) {
 	var h Host
+	off, _ := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6") // nothing, where the kernel does not speak it
+	h.NoIPv6 = strings.TrimSpace(string(off)) == "1"
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		addresses, err := route.List(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
 		if errors.Is(err, unix.EAFNOSUPPORT) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/pillionproxy/pillion/redirect"
@@ -32,7 +33,10 @@ type Ports struct {
 
 // MakePlan makes the plan for a host.
 func MakePlan(h Host, p Ports) Plan {
-	plan := Plan{Backend: Name, Sysctls: sysctls, Addresses: h.Addresses, Routes: h.Routes, Ports: p}
+	plan := Plan{Backend: Name, Sysctls: slices.Clone(sysctls), Addresses: h.Addresses, Routes: h.Routes, Ports: p}
+	if h.NoIPv6 {
+		plan.Sysctls = append(plan.Sysctls, redirect.Sysctl{Name: "net.ipv6.conf.all.disable_ipv6", Value: "1", Why: "this host has no IPv6"})
+	}
 	for _, f := range []redirect.Family{redirect.IPv4, redirect.IPv6} {
 		plan.Rules = append(plan.Rules, rules(f, h.Addresses, p)...)
 	}

@@ -26,7 +26,7 @@ func TestPlan(t *testing.T) {
 			Addresses: []netip.Addr{addr("192.0.2.2"), addr("10.0.0.1"), addr("2001:db8::2")},
 			Routes:    []Destination{via("0.0.0.0/0", "192.0.2.2"), via("10.0.0.0/8", "10.0.0.1"), via("::/0", "2001:db8::2")},
 		},
-		"v4":   {Addresses: []netip.Addr{addr("192.0.2.2")}, Routes: []Destination{via("0.0.0.0/0", "192.0.2.2")}},
+		"v4":   {Addresses: []netip.Addr{addr("192.0.2.2")}, Routes: []Destination{via("0.0.0.0/0", "192.0.2.2")}, NoIPv6: true},
 		"none": {},
 	} {
 		t.Run(name, func(t *testing.T) {

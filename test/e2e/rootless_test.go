@@ -155,6 +155,19 @@ func TestRootlessLocalhost(t *testing.T) {
 	})
 }
 
+// TestRootlessWithoutIPv6: where the host has none the command has none.
+func TestRootlessWithoutIPv6(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	s.ns.Sysctl("net.ipv6.conf.all.disable_ipv6", "1")
+	s.app = s.inside(t)
+	if _, err := s.app.Dial(testnet.Dial{To: "[::1]:80"}); !errors.Is(err, syscall.EADDRNOTAVAIL) && !errors.Is(err, syscall.ENETUNREACH) {
+		t.Errorf("to ::1: %v, want EADDRNOTAVAIL or ENETUNREACH", err)
+	}
+	carriesAll(t, s.outs()[:1])
+}
+
 // TestRootlessDatagrams: answers come from whom the command asked, and refusals at once.
 func TestRootlessDatagrams(t *testing.T) {
 	t.Parallel()
