@@ -8,8 +8,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"syscall"
 	"testing"
 
 	"github.com/pillionproxy/pillion/test/testnet"
@@ -29,10 +31,21 @@ var kernelDecides = []string{
 
 func TestMain(m *testing.M) {
 	testnet.Short = kernelDecides
+	heedSignals()
 	forkedChild()
 	serveAsChild()
 	testnet.AgentMain(stormOp, udpOp, forkOp, becomeOp, connectsOp, downloadOp, uploadOp, victimServeOp, victimDialOp, tryOp)
 	os.Exit(buildAndRun(m))
+}
+
+// heedSignals lets the programs that are started here have signals that this process ignores, as under nohup: Go hands SIGHUP and
+// SIGINT on as they were, unless they are asked for.
+func heedSignals() {
+	for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
 }
 
 func buildAndRun(m *testing.M) int {
