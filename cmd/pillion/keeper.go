@@ -92,6 +92,9 @@ func newKeepCommand(e *env) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			unix.CloseOnExec(keeperSocket)
 			conn, err := net.FileConn(os.NewFile(keeperSocket, "proxy"))
+			if err == nil && os.Getpid() != 1 {
+				err = errors.New("not the first process of a namespace") // it would end every process of this user
+			}
 			if err != nil {
 				return &config.Fault{Err: fmt.Errorf("the keeper of a command: %w", err), Hint: "`pillion run` starts it", Exit: config.ExitUsage}
 			}
@@ -241,7 +244,8 @@ func reap(command int) (status int) {
 	}
 }
 
-// endOthers waits for the processes that the command left, or ends them, and returns how many it ended.
+// endOthers waits for the processes that the command left, or ends them, and returns how many it ended. Those that do not heed
+// SIGTERM are killed by the kernel, when we end.
 func endOthers(wait bool) (left int) {
 	pids := processes()
 	if len(pids) == 0 {
@@ -264,7 +268,7 @@ func endOthers(wait bool) (left int) {
 	return len(pids)
 }
 
-// processes counts those of this namespace beside us that have not ended.
+// processes are those of this namespace beside us that have not ended.
 func processes() []int {
 	for {
 		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
