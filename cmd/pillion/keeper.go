@@ -124,7 +124,17 @@ func (k *keeper) serve(ctx context.Context) error {
 			}
 			return err
 		}
-		reply, files := k.do(ctx, r)
+		var reply keepReply
+		var files []*os.File
+		if r.Start != nil {
+			err := k.start(*r.Start)
+			if err == nil {
+				continue // it was answered
+			}
+			reply = failed(err)
+		} else {
+			reply, files = k.do(ctx, r)
+		}
 		err := k.line.send(reply, files)
 		for _, f := range files {
 			_ = f.Close()
@@ -156,11 +166,6 @@ func (k *keeper) do(ctx context.Context, r keepRequest) (keepReply, []*os.File) 
 			return failed(err), nil
 		}
 		return keepReply{TCP: 1}, []*os.File{f}
-	case r.Start != nil:
-		if err := k.start(*r.Start); err != nil {
-			return failed(err), nil
-		}
-		return keepReply{}, nil
 	}
 	return failed(errors.New("the keeper was asked for nothing")), nil
 }
@@ -194,7 +199,8 @@ func (k *keeper) capture(ctx context.Context, p rootless.Plan) (keepReply, []*os
 	return reply, files
 }
 
-// start starts the command, without any capability, and waits for it in the background.
+// start starts the command, without any capability, says so, and waits for it in the background: the answer must go before the
+// news of its end, and we end with that.
 func (k *keeper) start(s keepStart) error {
 	// What is inheritable or ambient would be the command's too.
 	caps := cap.GetProc()
@@ -208,10 +214,12 @@ func (k *keeper) start(s keepStart) error {
 	go func() {
 		runtime.LockOSThread() // the death of the starting thread would be that of the command
 		err := cmd.Start()
-		started <- err
 		if err != nil {
+			started <- err
 			return
 		}
+		_ = k.line.send(keepReply{}, nil) // the proxy is gone else
+		started <- nil
 		done := make(chan struct{})
 		go forwardSignals(cmd.Process, signals, done)
 		status := reap(cmd.Process.Pid)
