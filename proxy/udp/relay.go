@@ -4,7 +4,8 @@
 //
 // What always holds: a flow has one socket towards whom the client meant, from the client's own address where the host has it,
 // and one in that one's name towards the client; flows are bounded, and each ends when nothing has passed for a while, or
-// when either side refuses. A datagram is passed on whole or not at all, and nothing is held back.
+// when either side refuses. A datagram is passed on whole or not at all, and nothing is held back. A flow that waits holds no
+// buffer.
 package udp
 
 import (
@@ -48,11 +49,15 @@ type Relay struct {
 	side      Side
 	log       *slog.Logger
 
-	mu    sync.Mutex
-	flows map[key]*flow
-	most  int // of them
-	work  sync.WaitGroup
+	mu     sync.Mutex
+	flows  map[key]*flow
+	most   int  // of them
+	closed bool // no flow begins any more
+	work   sync.WaitGroup
 }
+
+// buffers lends what a datagram is read into.
+var buffers = sync.Pool{New: func() any { return new([maxDatagram]byte) }}
 
 // key names a flow.
 type key struct{ client, meant netip.AddrPort }
@@ -98,6 +103,7 @@ func (r *Relay) Serve(ctx context.Context) {
 	<-ctx.Done()
 	r.closeListeners()
 	r.mu.Lock()
+	r.closed = true
 	for _, f := range r.flows {
 		f.close()
 	}
@@ -143,6 +149,9 @@ func (r *Relay) flow(k key) (*flow, error) {
 	defer r.mu.Unlock()
 	if f := r.flows[k]; f != nil {
 		return f, nil
+	}
+	if r.closed { // the datagram came while the listeners were closed
+		return nil, net.ErrClosed
 	}
 	if len(r.flows) >= r.most {
 		r.evict()
@@ -191,10 +200,18 @@ func dial(k key) (*net.UDPConn, error) {
 // carry passes on what comes from one side until the flow is idle or closed.
 func (r *Relay) carry(f *flow, from, to *net.UDPConn, answers bool) {
 	defer r.end(f)
-	b := make([]byte, maxDatagram)
+	raw, err := from.SyscallConn()
+	if err != nil {
+		return // closed
+	}
 	for {
 		_ = from.SetReadDeadline(time.Now().Add(f.left()))
-		n, err := from.Read(b)
+		err := readOnce(raw, func(b []byte) {
+			if answers {
+				f.answered.Add(1)
+			}
+			f.send(to, b)
+		})
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if f.left() <= 0 {
@@ -207,11 +224,28 @@ func (r *Relay) carry(f *flow, from, to *net.UDPConn, answers bool) {
 			}
 			return
 		}
-		if answers {
-			f.answered.Add(1)
-		}
-		f.send(to, b[:n])
 	}
+}
+
+// readOnce waits for a datagram and lends it to then.
+func readOnce(raw syscall.RawConn, then func([]byte)) error {
+	var failed error
+	err := raw.Read(func(fd uintptr) bool {
+		b := buffers.Get().(*[maxDatagram]byte)
+		defer buffers.Put(b)
+		n, err := unix.Read(int(fd), b[:])
+		for errors.Is(err, unix.EINTR) {
+			n, err = unix.Read(int(fd), b[:])
+		}
+		if errors.Is(err, unix.EAGAIN) {
+			return false
+		}
+		if failed = err; err == nil {
+			then(b[:n])
+		}
+		return true
+	})
+	return errors.Join(err, failed)
 }
 
 // refuse passes on that a datagram was refused.

@@ -5,6 +5,7 @@ package udp
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -133,6 +134,22 @@ func TestBounded(t *testing.T) {
 	defer r.mu.Unlock()
 	if len(r.flows) != r.most || r.flows[flows[0].key] != nil || r.flows[flows[r.most].key] != flows[r.most] {
 		t.Errorf("%d flows, want %d, without the first and with the last", len(r.flows), r.most)
+	}
+}
+
+// TestLate: a datagram that was read while the relay was told to end begins no flow.
+func TestLate(t *testing.T) {
+	r, err := New(nil, &side{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	r.Serve(ctx)
+	_, from := listen(t)
+	_, to := listen(t)
+	if _, err := r.flow(key{from, to}); !errors.Is(err, net.ErrClosed) || len(r.flows) > 0 {
+		t.Errorf("%v, and %d flows; want %v, and none", err, len(r.flows), net.ErrClosed)
 	}
 }
 
