@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"os/user"
 	"path/filepath"
 	"runtime"
@@ -116,21 +115,13 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn()...)
-	defer signal.Stop(signals)
+	signals := catchSignals()
+	defer signals.stop()
 	if err := cmd.Start(); err != nil {
 		return 0, &config.Fault{Err: fmt.Errorf("start %s: %w", path, err), Exit: exitNotExecutable}
 	}
-	done := make(chan struct{})
-	forwarded := make(chan struct{})
-	go func() {
-		defer close(forwarded)
-		forwardSignals(cmd.Process, signals, done)
-	}()
+	signals.passTo(cmd.Process)
 	err = cmd.Wait()
-	close(done)
-	<-forwarded
 	if cmd.ProcessState == nil {
 		return 0, fmt.Errorf("wait for %s: %w", path, err)
 	}
@@ -139,40 +130,6 @@ func (g *commandGroup) run(e *env, path string, args []string) (status int, err 
 		return exitSignalled + int(ws.Signal()), nil
 	}
 	return ws.ExitStatus(), nil
-}
-
-// passedOn are the signals that the command gets when we do. What whoever started us wants ignored, as nohup does SIGHUP, is for
-// the command to ignore, too: Go leaves SIGHUP and SIGINT so, and no other (os/signal).
-func passedOn() []os.Signal {
-	all := []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM}
-	return slices.DeleteFunc(all, signal.Ignored)
-}
-
-// forwardSignals passes on what was sent to us. What the terminal sends goes to its whole foreground process group: the
-// command has got it already, and decides.
-func forwardSignals(p *os.Process, signals <-chan os.Signal, done <-chan struct{}) {
-	for {
-		select {
-		case s := <-signals:
-			if (s == syscall.SIGINT || s == syscall.SIGQUIT) && inForeground() {
-				continue
-			}
-			p.Signal(s) // an error means that it has ended, which Wait tells
-		case <-done:
-			return
-		}
-	}
-}
-
-// inForeground reports whether we are in the foreground process group of our terminal.
-func inForeground() bool {
-	tty, err := os.Open("/dev/tty")
-	if err != nil {
-		return false
-	}
-	defer tty.Close()
-	group, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
-	return err == nil && group == unix.Getpgrp()
 }
 
 // asInvokingUser makes the command run as whoever called sudo.

@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime"
 	"strconv"
 	"time"
@@ -208,22 +207,21 @@ func (k *keeper) start(s keepStart) error {
 		return fmt.Errorf("give up capabilities for the command: %w", err)
 	}
 	cmd := &exec.Cmd{Path: s.Path, Args: s.Args, Stdin: k.e.stdin, Stdout: k.e.stdout, Stderr: k.e.stderr}
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn()...)
+	signals := catchSignals()
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // the death of the starting thread would be that of the command
 		err := cmd.Start()
 		if err != nil {
+			signals.stop()
 			started <- err
 			return
 		}
 		_ = k.line.send(keepReply{}, nil) // the proxy is gone else
 		started <- nil
-		done := make(chan struct{})
-		go forwardSignals(cmd.Process, signals, done)
+		signals.passTo(cmd.Process)
 		status := reap(cmd.Process.Pid)
-		close(done)
+		signals.stop()
 		left := endOthers(s.Wait)
 		_ = k.line.send(keepReply{Ended: true, Status: status, Left: left}, nil) // the proxy is gone else
 		os.Exit(0)

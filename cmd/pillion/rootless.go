@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime"
 	"sync"
 	"syscall"
@@ -271,15 +270,12 @@ func (k *kept) Refuse(meant, client netip.AddrPort, why unix.Errno) {
 
 // run starts the command and waits for its end.
 func (k *kept) run(s keepStart) (status, left int, err error) {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn()...)
-	defer signal.Stop(signals)
+	signals := catchSignals()
+	defer signals.stop()
 	if _, err := k.ask(keepRequest{Start: &s}); err != nil {
 		return 0, 0, err
 	}
-	done := make(chan struct{})
-	defer close(done)
-	go forwardSignals(k.cmd.Process, signals, done)
+	signals.passTo(k.cmd.Process)
 	<-k.gone
 	select {
 	case r := <-k.over:
