@@ -61,12 +61,15 @@ func transparentUDP(v6 bool) func(string, string, syscall.RawConn) error {
 // refuse sends the command the ICMP error that it would have got: of its datagram, the header is enough (RFC 792, RFC 4443 §3.1).
 func (a keepFlow) refuse() error {
 	ports := []byte{byte(a.Client.Port() >> 8), byte(a.Client.Port()), byte(a.Meant.Port() >> 8), byte(a.Meant.Port()), 0, 8, 0, 0} // RFC 768
-	network, message := "ip4:icmp", icmp.Message{Type: ipv4.ICMPTypeDestinationUnreachable, Code: 1}
+	network, message := "ip4:icmp", icmp.Message{Type: ipv4.ICMPTypeDestinationUnreachable}
+	noHost, noPort := 1, 3
 	if a.Meant.Addr().Is6() {
-		network, message = "ip6:ipv6-icmp", icmp.Message{Type: ipv6.ICMPTypeDestinationUnreachable, Code: 3}
+		network, message.Type = "ip6:ipv6-icmp", ipv6.ICMPTypeDestinationUnreachable
+		noHost, noPort = 3, 4
 	}
+	message.Code = noHost
 	if a.NoPort {
-		message.Code = map[bool]int{false: 3, true: 4}[a.Meant.Addr().Is6()]
+		message.Code = noPort
 	}
 	quoted, err := a.header()
 	if err != nil {

@@ -62,7 +62,7 @@ type keepStart struct {
 
 // keepReply is the answer. Descriptors come beside it.
 type keepReply struct {
-	TCP, UDP int    // how many descriptors are listeners of each
+	TCP, UDP int    // how many of the descriptors are listeners of each
 	Ended    bool   // the command
 	Status   int    // of the command, as a shell would show it
 	Left     int    // processes of the command that were ended with it
@@ -153,7 +153,7 @@ func (k *keeper) do(ctx context.Context, r keepRequest) (keepReply, []*os.File) 
 		if err != nil {
 			return failed(err), nil
 		}
-		return keepReply{UDP: 1}, []*os.File{f}
+		return keepReply{}, []*os.File{f}
 	case r.Refuse != nil:
 		if err := r.Refuse.refuse(); err != nil {
 			return failed(err), nil
@@ -164,7 +164,7 @@ func (k *keeper) do(ctx context.Context, r keepRequest) (keepReply, []*os.File) 
 		if err != nil {
 			return failed(err), nil
 		}
-		return keepReply{TCP: 1}, []*os.File{f}
+		return keepReply{}, []*os.File{f}
 	}
 	return failed(errors.New("the keeper was asked for nothing")), nil
 }

@@ -65,7 +65,8 @@ func (l *line) send(message any, files []*os.File) error {
 	return nil
 }
 
-// receive waits for a message. The files are the caller's. io.EOF: the other end is gone.
+// receive waits for a message. The files are the caller's, and close on exec (package net sees to it). io.EOF: the other end is
+// gone.
 func (l *line) receive(message any) (files []*os.File, err error) {
 	b, rights := make([]byte, packetBytes), make([]byte, unix.CmsgSpace(4*lineFiles))
 	n, rn, _, _, err := l.ReadMsgUnix(b, rights)
@@ -85,7 +86,6 @@ func (l *line) receive(message any) (files []*os.File, err error) {
 			return files, err
 		}
 		for _, fd := range fds {
-			unix.CloseOnExec(fd)
 			files = append(files, os.NewFile(uintptr(fd), "keeper"))
 		}
 	}

@@ -109,15 +109,12 @@ func (k *kept) publish(list publications) (published []proxy.Published, err erro
 // dialTo dials a port of the command at the address that the client dialled, in the client's name.
 func (k *kept) dialTo(port uint16) func(context.Context, upstream.Client) (*net.TCPConn, error) {
 	return func(ctx context.Context, c upstream.Client) (*net.TCPConn, error) {
-		a, err := k.ask(keepRequest{Dial: &keepDial{From: c.Remote(), To: netip.AddrPortFrom(c.Local().Addr(), port)}})
+		f, err := k.askSocket(keepRequest{Dial: &keepDial{From: c.Remote(), To: netip.AddrPortFrom(c.Local().Addr(), port)}})
 		if err != nil {
 			return nil, err
 		}
-		defer closeAll(a.files)
-		if len(a.files) != 1 {
-			return nil, fmt.Errorf("the keeper sent %d sockets, not one", len(a.files))
-		}
-		return connected(ctx, a.files[0])
+		defer f.Close()
+		return connected(ctx, f)
 	}
 }
 
@@ -135,18 +132,20 @@ func connected(ctx context.Context, f *os.File) (*net.TCPConn, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	var failed int
+	var refused error
 	err = raw.Write(func(fd uintptr) bool {
-		if failed, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err != nil || failed != 0 {
+		code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		if err == nil && code != 0 {
+			err = unix.Errno(code)
+		}
+		if err != nil {
+			refused = os.NewSyscallError("connect", err)
 			return true
 		}
-		_, perr := unix.Getpeername(int(fd))
-		return !errors.Is(perr, unix.ENOTCONN)
+		_, err = unix.Getpeername(int(fd))
+		return !errors.Is(err, unix.ENOTCONN)
 	})
-	if failed != 0 {
-		err = os.NewSyscallError("connect", unix.Errno(failed))
-	}
-	if err != nil {
+	if err := errors.Join(refused, err); err != nil {
 		return nil, err
 	}
 	conn, err := net.FileConn(f)
