@@ -78,10 +78,6 @@ type Server struct {
 // Listen opens all listeners: what it returns has its ports, and the kernel queues connections for it, but none is
 // accepted before Serve. Its errors carry a hint.
 func Listen(cfg Config) (*Server, error) {
-	if err := validate(cfg.Proxy); err != nil {
-		closeAll(cfg)
-		return nil, &config.Fault{Err: err, Exit: config.ExitConfig}
-	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
@@ -110,11 +106,6 @@ func Listen(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// closeAll closes the listeners that came with a configuration.
-func closeAll(cfg Config) {
-	(&Server{outbound: cfg.Outbound, published: cfg.Published}).closeListeners()
-}
-
 // validate is config.Proxy's Validate, for which a port that is yet to be chosen is any that fits.
 func validate(p config.Proxy) error {
 	l := &p.Listeners
@@ -134,6 +125,9 @@ func usable(s config.Shared, port uint16) bool {
 }
 
 func (s *Server) listen() (err error) {
+	if err := validate(s.cfg); err != nil {
+		return &config.Fault{Err: err, Exit: config.ExitConfig}
+	}
 	if s.outbound != nil {
 		s.cfg.Listeners = config.Listeners{Outbound: s.outbound.Port()}
 		return s.listenHTTP()
