@@ -3,6 +3,7 @@
 package bootstrap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -98,8 +99,9 @@ func first(o Options, try func(capturer) (Result, error)) (Result, error) {
 		}
 	}
 	return Result{Refused: refused}, &config.Fault{
-		Err:  fmt.Errorf("no backend can capture here:%s", strings.Join(lines, "")),
-		Hint: fmt.Sprintf("for %s (%s): %s; `pillion check` shows what each backend needs, and what this host offers", refused[0].Backend, refused[0].Reason, refused[0].Hint),
+		Err: fmt.Errorf("no backend can capture here:%s", strings.Join(lines, "")),
+		Hint: fmt.Sprintf("for %s (%s): %s; `pillion check` shows what each backend needs, and what this host offers",
+			refused[0].Backend, refused[0].Reason, cmp.Or(refused[0].Hint, "the host cannot")),
 		Exit: config.ExitOf(errs[0]),
 	}
 }

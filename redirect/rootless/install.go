@@ -23,7 +23,8 @@ import (
 // Install does what the plan says in the network namespace of this process, which must be a fresh one of its own.
 func (p Plan) Install() error {
 	for _, s := range p.Sysctls {
-		// Where /proc/sys may not be written, as in some containers, it is as fast as the host's way of congestion control.
+		// Where /proc/sys may not be written, as in some containers, it is as fast as the host's way of congestion control, and
+		// ::1 is there, at which nobody listens.
 		_ = os.WriteFile(s.Path(), []byte(s.Value), 0)
 	}
 	lo, err := netlink.LinkByName("lo")
