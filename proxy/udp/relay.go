@@ -4,8 +4,8 @@
 //
 // What always holds: a flow has one socket towards whom the client meant, from the client's own address where the host has it,
 // and one in that one's name towards the client; flows are bounded, and each ends when nothing has passed for a while, or
-// when either side refuses. A datagram is passed on whole or not at all, and nothing is held back. A flow that waits holds no
-// buffer.
+// when the client is gone. A datagram is passed on whole or not at all, and nothing is held back; that one was refused is passed
+// on, and ends nothing. A flow that waits holds no buffer.
 package udp
 
 import (
@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -139,7 +140,7 @@ func (r *Relay) receive(l *net.UDPConn) {
 			r.refuse(k, err)
 			continue
 		}
-		f.send(f.out, b[:n])
+		r.send(f, b[:n])
 	}
 }
 
@@ -168,8 +169,8 @@ func (r *Relay) flow(k key) (*flow, error) {
 	f := &flow{key: k, out: out, back: back}
 	f.touch()
 	r.flows[k] = f
-	r.work.Go(func() { r.carry(f, out, back, true) })
-	r.work.Go(func() { r.carry(f, back, out, false) })
+	r.work.Go(func() { r.answers(f) })
+	r.work.Go(func() { r.questions(f) })
 	return f, nil
 }
 
@@ -187,42 +188,97 @@ func (r *Relay) evict() {
 	}
 }
 
-// dial opens the socket towards whom the client meant, from the client's address where this host has it.
+// dial opens the socket towards whom the client meant, from the client's address where this host has it. It is told every ICMP
+// error, as a client may be that asks for it (ip(7)): else a host that is not there is silence.
 func dial(k key) (*net.UDPConn, error) {
-	local := net.UDPAddrFromAddrPort(netip.AddrPortFrom(k.client.Addr(), 0))
-	conn, err := net.DialUDP("udp", local, net.UDPAddrFromAddrPort(k.meant))
+	d := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.AddrPortFrom(k.client.Addr(), 0)), Control: tellErrors}
+	conn, err := d.Dial("udp", k.meant.String())
 	if errors.Is(err, unix.EADDRNOTAVAIL) {
-		return net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(k.meant))
+		d.LocalAddr = nil
+		conn, err = d.Dial("udp", k.meant.String())
 	}
-	return conn, err
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.UDPConn), nil
 }
 
-// carry passes on what comes from one side until the flow is idle or closed.
-func (r *Relay) carry(f *flow, from, to *net.UDPConn, answers bool) {
+func tellErrors(network, _ string, c syscall.RawConn) (err error) {
+	level, opt := unix.SOL_IP, unix.IP_RECVERR
+	if network == "udp6" {
+		level, opt = unix.SOL_IPV6, unix.IPV6_RECVERR
+	}
+	cerr := c.Control(func(fd uintptr) { err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), level, opt, 1)) })
+	return errors.Join(cerr, err)
+}
+
+// questions passes on what the client sends, until the flow is idle or closed, or the client gone.
+func (r *Relay) questions(f *flow) {
 	defer r.end(f)
-	raw, err := from.SyscallConn()
+	for {
+		if err := f.next(f.back, func(b []byte) { r.send(f, b) }); err != nil {
+			return
+		}
+	}
+}
+
+// answers passes on what comes back, and that nothing will, until the flow is idle or closed.
+func (r *Relay) answers(f *flow) {
+	defer r.end(f)
+	for {
+		err := f.next(f.out, func(b []byte) {
+			f.touch()
+			f.answered.Add(1)
+			_, _ = f.back.Write(b) // a datagram may be lost; that the client is gone is told to questions
+		})
+		if err != nil && !r.refused(f, err) {
+			return
+		}
+	}
+}
+
+// send sends what the client sent. An error that waits on the socket is of an earlier datagram.
+func (r *Relay) send(f *flow, b []byte) {
+	f.touch()
+	if _, err := f.out.Write(b); err != nil && r.refused(f, err) {
+		_, _ = f.out.Write(b) // a datagram may be lost
+	}
+}
+
+// refused passes on that a datagram of a flow was refused, if that is what the error says. First its report is dropped: of a refusal
+// after that the socket tells again.
+func (r *Relay) refused(f *flow, err error) bool {
+	forget(f.out)
+	return r.refuse(f.key, err)
+}
+
+// forget drops the reports of errors, which else fill the room of datagrams (MSG_ERRQUEUE in recv(2)).
+func forget(conn *net.UDPConn) {
+	raw, err := conn.SyscallConn()
 	if err != nil {
 		return // closed
 	}
+	_ = raw.Control(func(fd uintptr) {
+		for err := error(nil); err == nil; {
+			_, _, _, _, err = unix.Recvmsg(int(fd), nil, nil, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		}
+	})
+}
+
+// next waits for a datagram and lends it to then. It fails with os.ErrDeadlineExceeded when the flow is idle.
+func (f *flow) next(from *net.UDPConn, then func([]byte)) error {
+	raw, err := from.SyscallConn()
+	if err != nil {
+		return err
+	}
 	for {
-		_ = from.SetReadDeadline(time.Now().Add(f.left()))
-		err := readOnce(raw, func(b []byte) {
-			if answers {
-				f.answered.Add(1)
-			}
-			f.send(to, b)
-		})
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			if f.left() <= 0 {
-				return
-			}
-			continue
-		case err != nil: // closed, or refused
-			if answers {
-				r.refuse(f.key, err)
-			}
-			return
+		left := f.left()
+		if left <= 0 {
+			return os.ErrDeadlineExceeded
+		}
+		_ = from.SetReadDeadline(time.Now().Add(left))
+		if err := readOnce(raw, then); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
 		}
 	}
 }
@@ -248,17 +304,14 @@ func readOnce(raw syscall.RawConn, then func([]byte)) error {
 	return errors.Join(err, failed)
 }
 
-// refuse passes on that a datagram was refused.
-func (r *Relay) refuse(k key, err error) {
-	switch errno, ok := errors.AsType[unix.Errno](err); {
-	case ok && (errno == unix.ECONNREFUSED || errno == unix.EHOSTUNREACH || errno == unix.ENETUNREACH || errno == unix.EACCES):
-		r.side.Refuse(k.meant, k.client, errno)
+// refuse passes on that a datagram was refused, if that is what the error says.
+func (r *Relay) refuse(k key, err error) bool {
+	errno, ok := errors.AsType[unix.Errno](err)
+	if !ok || !slices.Contains([]unix.Errno{unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EACCES}, errno) {
+		return false
 	}
-}
-
-func (f *flow) send(to *net.UDPConn, b []byte) {
-	f.touch()
-	_, _ = to.Write(b) // a datagram may be lost; that the other side refuses is told to the reader of this socket
+	r.side.Refuse(k.meant, k.client, errno)
+	return true
 }
 
 func (f *flow) touch() { f.used.Store(time.Now().UnixNano()) }

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,27 +18,20 @@ import (
 )
 
 // side is one whose clients are on this host: its answers come from a port of its own.
-type side struct {
-	mu      sync.Mutex
-	refused []unix.Errno
-	told    chan struct{}
-}
+type side struct{ told chan unix.Errno }
 
 func (s *side) Answer(_, client netip.AddrPort) (*net.UDPConn, error) {
 	return net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(client))
 }
 
 func (s *side) Refuse(_, _ netip.AddrPort, why unix.Errno) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.refused = append(s.refused, why)
-	s.told <- struct{}{}
+	s.told <- why
 }
 
 // newRelay serves a relay until the test ends, and is spoken to by its flow method: its listeners take transparent sockets.
 func newRelay(t *testing.T) (*Relay, *side) {
 	t.Helper()
-	s := &side{told: make(chan struct{}, 100)}
+	s := &side{told: make(chan unix.Errno, 100)}
 	r, err := New(nil, s, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -82,7 +74,7 @@ func TestFlow(t *testing.T) {
 	}
 	b := make([]byte, maxDatagram)
 	for _, size := range []int{0, 1, 1500, 65000} {
-		f.send(f.out, make([]byte, size))
+		r.send(f, make([]byte, size))
 		n, peer, err := server.ReadFromUDPAddrPort(b)
 		if err != nil || n != size {
 			t.Fatalf("the server got %d bytes (%v), want %d", n, err, size)
@@ -99,20 +91,39 @@ func TestFlow(t *testing.T) {
 	}
 }
 
-// TestRefused: the client is told, and the flow is over.
+// TestRefused: the client is told; the flow goes on, and carries when there is somebody, however often it was refused before.
 func TestRefused(t *testing.T) {
 	r, s := newRelay(t)
-	_, from := listen(t)
+	client, from := listen(t)
 	server, to := listen(t)
 	_ = server.Close()
 	f, err := r.flow(key{from, to})
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.send(f.out, []byte("is anybody there?"))
-	<-s.told
-	if len(s.refused) != 1 || s.refused[0] != unix.ECONNREFUSED {
-		t.Errorf("refused with %v, want ECONNREFUSED", s.refused)
+	for range 2000 {
+		r.send(f, []byte("is anybody there?"))
+		if why := <-s.told; why != unix.ECONNREFUSED {
+			t.Fatalf("refused with %v, want ECONNREFUSED", why)
+		}
+	}
+	server, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(to))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	r.send(f, []byte("hello"))
+	b := make([]byte, maxDatagram)
+	n, peer, err := server.ReadFromUDPAddrPort(b)
+	if err != nil || string(b[:n]) != "hello" {
+		t.Fatalf("%q, %v", b[:n], err)
+	}
+	large := b[:60000] // needs room that reports of errors do not take
+	if _, err := server.WriteToUDPAddrPort(large, peer); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := client.Read(b); n != len(large) || err != nil {
+		t.Errorf("the client got %d bytes, %v", n, err)
 	}
 }
 

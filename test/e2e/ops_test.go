@@ -81,9 +81,17 @@ func stormOne(to, message string, open *sync.WaitGroup) error {
 	return finish(c.(*net.TCPConn))
 }
 
-// udp sends a datagram and returns the answer.
+// udp asks by a datagram and returns the answer. It is told every ICMP error, as resolvers ask to be.
 func udp(to string) (string, error) {
-	c, err := net.Dial("udp", to)
+	d := net.Dialer{Control: func(network, _ string, c syscall.RawConn) (err error) {
+		level, opt := syscall.SOL_IP, syscall.IP_RECVERR
+		if network == "udp6" {
+			level, opt = syscall.SOL_IPV6, syscall.IPV6_RECVERR
+		}
+		cerr := c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), level, opt, 1) })
+		return errors.Join(cerr, err)
+	}}
+	c, err := d.Dial("udp", to)
 	if err != nil {
 		return "", err
 	}

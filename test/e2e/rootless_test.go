@@ -186,6 +186,29 @@ func TestRootlessDatagrams(t *testing.T) {
 	}
 }
 
+// TestRootlessNobodyThere: a host that does not answer for itself is told as such, for datagrams too; ping is not answered in
+// anybody's name, not even to who is root in there.
+func TestRootlessNobodyThere(t *testing.T) {
+	t.Parallel()
+	s := newRootless(t)
+	for _, host := range []string{"10.77.0.200", "fd77::200"} { // on the pod's own link
+		t.Run(host, func(t *testing.T) {
+			if answer, err := udpOp.Call(s.app, net.JoinHostPort(host, "53")); !errors.Is(err, syscall.EHOSTUNREACH) {
+				t.Errorf("%q, %v; want EHOSTUNREACH", answer, err)
+			}
+		})
+	}
+	ping := testnet.NeedProgram(t, "busybox", "busybox-static")
+	for _, host := range []string{server4, server6} {
+		if r := run(t, s.raw([]string{"--map-root"}, ping, "ping", "-c1", "-W2", host)); r.code == 0 || strings.Contains(r.stdout, " bytes from ") {
+			t.Errorf("ping of %s: exit code %d\n%s%s", host, r.code, r.stdout, r.stderr)
+		}
+	}
+	if r := run(t, s.raw([]string{"--map-root"}, ping, "ping", "-c1", "-W2", "127.0.0.1")); r.code != 0 {
+		t.Errorf("ping of itself: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+}
+
 // TestRootlessPublished: others connect to the command's servers, which see who they are.
 func TestRootlessPublished(t *testing.T) {
 	t.Parallel()
@@ -247,6 +270,9 @@ func TestRootlessHasNoRights(t *testing.T) {
 	}
 	if r := run(t, s.command(nil, "kill -9 1; exit 9")); r.code != 9 {
 		t.Errorf("the command ended its keeper: exit code %d\n%s", r.code, r.stderr)
+	}
+	if r := run(t, s.command(nil, "cat /proc/sys/net/ipv4/tcp_congestion_control")); r.stdout != "reno\n" {
+		t.Errorf("congestion control is %q; want reno, which does not pace itself\n%s", r.stdout, r.stderr)
 	}
 	if r := run(t, s.raw([]string{"--map-root"}, "id", "-u")); r.stdout != "0\n" {
 		t.Errorf("--map-root: id says %q\n%s", r.stdout, r.stderr)
