@@ -17,10 +17,12 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -30,6 +32,7 @@ import (
 	"github.com/pillionproxy/pillion/proxy/lifecycle"
 	"github.com/pillionproxy/pillion/proxy/listen"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
+	"github.com/pillionproxy/pillion/proxy/udp"
 	"github.com/pillionproxy/pillion/proxy/upstream"
 )
 
@@ -43,6 +46,8 @@ type Config struct {
 	// Outbound is a listener that is open already, and then the only one: in a network namespace of the apps' own nothing comes
 	// in but through us. Listen takes it over, also when it fails. May be nil.
 	Outbound *listen.Listener
+	// Datagrams are carried if there are listeners for them. Listen takes these over, also when it fails.
+	Datagrams Datagrams
 	// Published are listeners of this host for servers in such a namespace. Listen takes them over, also when it fails.
 	Published []Published
 }
@@ -54,6 +59,12 @@ type Published struct {
 	Dial     func(context.Context, upstream.Client) (*net.TCPConn, error)
 }
 
+// Datagrams are the listeners for captured datagrams (see udp.New), and the side from which these come.
+type Datagrams struct {
+	Listeners []*os.File
+	Side      udp.Side
+}
+
 // Server is the sidecar. It is made by Listen and used by one call of Serve.
 type Server struct {
 	cfg    config.Proxy
@@ -63,6 +74,7 @@ type Server struct {
 
 	outbound, inbound, inboundOwn *listen.Listener
 	published                     []Published
+	datagrams                     *udp.Relay
 	admin, health                 net.Listener // nil if there is none
 
 	live     *lifecycle.Live
@@ -86,7 +98,14 @@ func Listen(cfg Config) (*Server, error) {
 	}
 	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, published: cfg.Published, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
-	if err := s.listen(); err != nil {
+	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
+	err := s.listen()
+	if datagrams, uerr := udp.New(cfg.Datagrams.Listeners, cfg.Datagrams.Side, s.book); uerr != nil {
+		err = errors.Join(err, uerr)
+	} else {
+		s.datagrams = datagrams
+	}
+	if err != nil {
 		s.closeListeners()
 		return nil, err
 	}
@@ -101,7 +120,6 @@ func Listen(cfg Config) (*Server, error) {
 		s.log.Warn(warning, "limit", limit)
 	}
 	s.live = lifecycle.NewLive(limit)
-	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
 	s.dialer = upstream.New(s.cfg, s.log)
 	return s, nil
 }
@@ -189,6 +207,9 @@ func (s *Server) closeListeners() {
 	}
 	for _, p := range s.published {
 		p.Listener.Close()
+	}
+	if s.datagrams != nil {
+		s.datagrams.Close()
 	}
 	for _, l := range []net.Listener{s.admin, s.health} {
 		if l != nil {

@@ -62,7 +62,7 @@ func (r *route) Accepted(c *listen.Conn) {
 }
 
 func (r *route) refused(c client, reason telemetry.Reason, err error) {
-	r.book.Open(r.direction, c.Remote(), c.Local()).Close(reason, err)
+	r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local()).Close(reason, err)
 }
 
 // failingQuiet is for how long, in seconds, failing accepts are not logged again.
@@ -82,7 +82,7 @@ func (r *route) Room() <-chan struct{} { return r.live.Left() }
 // handle carries one connection, from its accept to its close.
 func (r *route) handle(c client) {
 	defer r.live.Leave()
-	record := r.book.Open(r.direction, c.Remote(), c.Local())
+	record := r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local())
 	err := r.carry(c, record)
 	if err != nil && r.carrying.Err() != nil {
 		record.Close(telemetry.Shutdown, errShutdown)

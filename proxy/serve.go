@@ -13,10 +13,12 @@ import (
 
 // Serve accepts and relays until ctx is done. Then it closes the listeners, so that the capture's failure policy decides
 // over new connections, waits for the live ones up to the drain timeout, resets those that are left, and returns when
-// nothing of the server is left. It is called once.
+// nothing of the server is left. Datagrams are carried until the last connection has ended. It is called once.
 func (s *Server) Serve(ctx context.Context) error {
 	stopWeb := s.serveWeb()
 	defer stopWeb()
+	stopDatagrams := s.serveDatagrams()
+	defer stopDatagrams()
 
 	s.state.enter(serving)
 	stopServing := s.serve(ctx)
@@ -57,6 +59,16 @@ func (s *Server) serve(ctx context.Context) (stop func()) {
 		for _, r := range routes {
 			r.listener.Close()
 		}
+		running.Wait()
+	}
+}
+
+func (s *Server) serveDatagrams() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { s.datagrams.Serve(ctx) })
+	return func() {
+		cancel()
 		running.Wait()
 	}
 }

@@ -47,7 +47,7 @@ func (r *recorder) Opened(c telemetry.Connection) {
 	}
 	r.open[c.ID] = c
 	if r.follow {
-		fmt.Fprintf(r.w, "pillion: %s %s %s -> %s opened\n", stamp(c.Start), c.Direction, c.Source, c.Destination)
+		fmt.Fprintf(r.w, "pillion: %s %s %s %s -> %s opened\n", stamp(c.Start), c.Direction, c.Protocol, c.Source, c.Destination)
 	}
 }
 
@@ -64,8 +64,8 @@ func (r *recorder) Closed(c telemetry.Connection) {
 		r.dropped++
 	}
 	if r.follow {
-		fmt.Fprintf(r.w, "pillion: %s %s %s -> %s closed: %s, %s sent, %s received, %s\n", stamp(c.Start.Add(c.Duration)), c.Direction,
-			c.Source, c.Destination, c.Reason, size(c.Sent), size(c.Received), brief(c.Duration))
+		fmt.Fprintf(r.w, "pillion: %s %s %s %s -> %s closed: %s, %s sent, %s received, %s\n", stamp(c.Start.Add(c.Duration)), c.Direction,
+			c.Protocol, c.Source, c.Destination, c.Reason, size(c.Sent), size(c.Received), brief(c.Duration))
 	}
 }
 
@@ -129,7 +129,7 @@ func (r report) writeTable(w io.Writer) error {
 		return err
 	}
 	t := newTable(w)
-	t.row("DIRECTION", "FROM", "TO", "SENT", "RECEIVED", "DIAL", "TIME", "RESULT")
+	t.row("DIRECTION", "PROTOCOL", "FROM", "TO", "SENT", "RECEIVED", "DIAL", "TIME", "RESULT")
 	for _, c := range r.Connections {
 		result := c.Reason.String()
 		if !c.Closed {
@@ -142,7 +142,7 @@ func (r report) writeTable(w io.Writer) error {
 		if c.DialTime > 0 {
 			dial = brief(c.DialTime)
 		}
-		t.row(c.Direction.String(), c.Source.String(), c.Destination.String(), size(c.Sent), size(c.Received), dial, brief(c.Duration), result)
+		t.row(c.Direction.String(), c.Protocol.String(), c.Source.String(), c.Destination.String(), size(c.Sent), size(c.Received), dial, brief(c.Duration), result)
 	}
 	if err := t.flush(); err != nil {
 		return err

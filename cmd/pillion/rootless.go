@@ -10,7 +10,6 @@ import (
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/proxy"
-	"github.com/pillionproxy/pillion/proxy/udp"
 	"github.com/pillionproxy/pillion/redirect/rootless"
 	"github.com/spf13/pflag"
 )
@@ -55,22 +54,15 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	}
 
 	seen := newRecorder(e.stderr, o.report.follow)
-	cfg := o.proxy
+	cfg := proxy.Config{Proxy: o.proxy, Log: log, Observer: seen, Outbound: tcp, Datagrams: proxy.Datagrams{Listeners: datagrams, Side: kept}}
 	cfg.DrainTimeout = drainAfterCommand
-	published, err := kept.publish(o.publish)
-	if err != nil {
+	if cfg.Published, err = kept.publish(o.publish); err != nil {
 		tcp.Close()
 		closeAll(datagrams)
 		return err
 	}
-	server, err := proxy.Listen(proxy.Config{Proxy: cfg, Log: log, Observer: seen, Outbound: tcp, Published: published})
+	server, err := proxy.Listen(cfg)
 	if err != nil {
-		closeAll(datagrams)
-		return err
-	}
-	relay, err := udp.New(datagrams, kept, log)
-	if err != nil {
-		server.Close()
 		return err
 	}
 	serving, cancel := context.WithCancel(context.Background())
@@ -80,7 +72,6 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 			log.Error("the sidecar ended", "error", err)
 		}
 	})
-	carrying.Go(func() { relay.Serve(serving) })
 	stop := sync.OnceFunc(func() { cancel(); carrying.Wait() })
 	defer stop()
 

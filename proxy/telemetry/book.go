@@ -36,7 +36,7 @@ type Book struct {
 type shard struct {
 	mu     sync.Mutex
 	live   map[uint64]*Record
-	totals totals
+	totals [protocols]totals
 	recent [recentShard]Connection // a ring
 	closed uint64                  // its next place, modulo recentShard
 	_      [64]byte                // the next shard's lock is on another cache line
@@ -60,9 +60,10 @@ func NewBook(access *slog.Logger, observer Observer) *Book {
 }
 
 // Open enters a connection that was just accepted.
-func (b *Book) Open(d Direction, source, destination netip.AddrPort) *Record {
+func (b *Book) Open(p Protocol, d Direction, source, destination netip.AddrPort) *Record {
 	r := &Record{book: b, conn: Connection{
 		ID:          b.nextID.Add(1),
+		Protocol:    p,
 		Direction:   d,
 		Source:      source,
 		Destination: destination,
@@ -71,8 +72,8 @@ func (b *Book) Open(d Direction, source, destination netip.AddrPort) *Record {
 	s := &b.shards[r.conn.ID%shards]
 	s.mu.Lock()
 	s.live[r.conn.ID] = r
-	s.totals.opened[d]++
-	s.totals.open[d]++
+	s.totals[p].opened[d]++
+	s.totals[p].open[d]++
 	s.mu.Unlock()
 	if b.observer != nil {
 		b.observer.Opened(r.conn)
@@ -84,10 +85,11 @@ func (b *Book) close(c Connection) {
 	s := &b.shards[c.ID%shards]
 	s.mu.Lock()
 	delete(s.live, c.ID)
-	s.totals.open[c.Direction]--
-	s.totals.closed[c.Direction][c.Reason]++
-	s.totals.sent[c.Direction] += c.Sent
-	s.totals.received[c.Direction] += c.Received
+	t := &s.totals[c.Protocol]
+	t.open[c.Direction]--
+	t.closed[c.Direction][c.Reason]++
+	t.sent[c.Direction] += c.Sent
+	t.received[c.Direction] += c.Received
 	s.recent[s.closed%recentShard] = c
 	s.closed++
 	s.mu.Unlock()
@@ -101,8 +103,9 @@ func (b *Book) log(c Connection) {
 	if !b.access.Enabled(context.Background(), slog.LevelInfo) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 9)
+	attrs := make([]slog.Attr, 0, 10)
 	attrs = append(attrs,
+		slog.String("protocol", c.Protocol.String()),
 		slog.String("direction", c.Direction.String()),
 		slog.String("source", c.Source.String()),
 		slog.String("destination", c.Destination.String()))
@@ -151,25 +154,32 @@ func (b *Book) Recent() []Connection {
 	return all
 }
 
-// sum adds up all shards; the bytes of live connections count.
-func (b *Book) sum() (t totals) {
+// sum adds up all shards, by protocol; the bytes of live connections count.
+func (b *Book) sum() (sum [protocols]totals) {
 	for i := range b.shards {
 		s := &b.shards[i]
 		s.mu.Lock()
-		for d := range directions {
-			t.opened[d] += s.totals.opened[d]
-			t.open[d] += s.totals.open[d]
-			t.sent[d] += s.totals.sent[d]
-			t.received[d] += s.totals.received[d]
-			for r := range reasons {
-				t.closed[d][r] += s.totals.closed[d][r]
-			}
+		for p := range protocols {
+			sum[p].add(&s.totals[p])
 		}
 		for _, r := range s.live {
+			t := &sum[r.conn.Protocol]
 			t.sent[r.conn.Direction] += r.Sent.Load()
 			t.received[r.conn.Direction] += r.Received.Load()
 		}
 		s.mu.Unlock()
 	}
-	return t
+	return sum
+}
+
+func (t *totals) add(o *totals) {
+	for d := range directions {
+		t.opened[d] += o.opened[d]
+		t.open[d] += o.open[d]
+		t.sent[d] += o.sent[d]
+		t.received[d] += o.received[d]
+		for r := range reasons {
+			t.closed[d][r] += o.closed[d][r]
+		}
+	}
 }

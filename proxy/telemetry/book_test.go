@@ -40,12 +40,12 @@ func TestEveryReasonHasATokenOfItsOwn(t *testing.T) {
 func TestAccessLogLine(t *testing.T) {
 	var log bytes.Buffer
 	b := NewBook(slog.New(slog.NewJSONHandler(&log, nil)), nil)
-	r := b.Open(Outbound, app, peer)
+	r := b.Open(TCP, Outbound, app, peer)
 	r.Dialled(ours, 1)
 	r.Sent.Add(5)
 	r.Received.Add(7)
 	r.Close(UpstreamReset, errors.New("it broke"))
-	b.Open(Inbound, peer, app).Close(OK, nil)
+	b.Open(TCP, Inbound, peer, app).Close(OK, nil)
 
 	var lines []map[string]any
 	for d := json.NewDecoder(&log); ; {
@@ -65,12 +65,12 @@ func TestAccessLogLine(t *testing.T) {
 	}
 	want := []map[string]any{
 		{
-			"level": "INFO", "msg": "connection", "direction": "outbound",
+			"level": "INFO", "msg": "connection", "protocol": "tcp", "direction": "outbound",
 			"source": "10.0.0.2:40000", "destination": "[2001:db8::1]:443", "upstream_source": "10.0.0.2:20000",
 			"bytes_sent": 5.0, "bytes_received": 7.0, "reason": "upstream_reset", "error": "it broke",
 		},
 		{
-			"level": "INFO", "msg": "connection", "direction": "inbound",
+			"level": "INFO", "msg": "connection", "protocol": "tcp", "direction": "inbound",
 			"source": "[2001:db8::1]:443", "destination": "10.0.0.2:40000",
 			"bytes_sent": 0.0, "bytes_received": 0.0, "reason": "ok",
 		},
@@ -102,26 +102,26 @@ func wantMetric(t *testing.T, page, line string) {
 
 func TestMetrics(t *testing.T) {
 	b := NewBook(slog.New(slog.DiscardHandler), nil)
-	live := b.Open(Outbound, app, peer)
+	live := b.Open(TCP, Outbound, app, peer)
 	live.Sent.Add(100)
-	done := b.Open(Outbound, app, peer)
+	done := b.Open(TCP, Outbound, app, peer)
 	done.Sent.Add(10)
 	done.Dialled(ours, 2)
 	done.Close(OK, nil)
 	page := metrics(t, b)
 	for _, line := range []string{
-		`pillion_connections_opened_total{direction="outbound"} 2`,
-		`pillion_connections_open{direction="outbound"} 1`,
-		`pillion_connections_open{direction="inbound"} 0`,
-		`pillion_connections_closed_total{direction="outbound",reason="ok"} 1`,
-		`pillion_connections_closed_total{direction="outbound",reason="own_listener"} 0`,
-		`pillion_sent_bytes_total{direction="outbound"} 110`,
+		`pillion_connections_opened_total{direction="outbound",protocol="tcp"} 2`,
+		`pillion_connections_open{direction="outbound",protocol="tcp"} 1`,
+		`pillion_connections_open{direction="inbound",protocol="tcp"} 0`,
+		`pillion_connections_closed_total{direction="outbound",protocol="tcp",reason="ok"} 1`,
+		`pillion_connections_closed_total{direction="outbound",protocol="tcp",reason="own_listener"} 0`,
+		`pillion_sent_bytes_total{direction="outbound",protocol="tcp"} 110`,
 		`pillion_dial_duration_seconds_count{direction="outbound"} 1`,
 	} {
 		wantMetric(t, page, line)
 	}
 	live.Close(ClientReset, io.EOF)
-	wantMetric(t, metrics(t, b), `pillion_sent_bytes_total{direction="outbound"} 110`)
+	wantMetric(t, metrics(t, b), `pillion_sent_bytes_total{direction="outbound",protocol="tcp"} 110`)
 	if strings.Contains(page, "10.0.0.2") || strings.Contains(page, "2001:db8") {
 		t.Error("the metrics name an address")
 	}
@@ -131,7 +131,7 @@ func TestRecentIsBoundedAndInOrder(t *testing.T) {
 	b := NewBook(slog.New(slog.DiscardHandler), nil)
 	const more = 3 * shards * recentShard
 	for range more {
-		b.Open(Outbound, app, peer).Close(OK, nil)
+		b.Open(TCP, Outbound, app, peer).Close(OK, nil)
 	}
 	recent := b.Recent()
 	if len(recent) != shards*recentShard {
@@ -175,7 +175,7 @@ func TestTotalsNeverRunBackwards(t *testing.T) {
 	for range workers {
 		working.Go(func() {
 			for range each {
-				r := b.Open(Inbound, peer, app)
+				r := b.Open(TCP, Inbound, peer, app)
 				r.Sent.Add(1)
 				r.Close(OK, nil)
 			}
@@ -193,7 +193,7 @@ func TestTotalsNeverRunBackwards(t *testing.T) {
 			running = false
 		default:
 		}
-		now := b.sum()
+		now := b.sum()[TCP]
 		if now.sent[Inbound] < last.sent[Inbound] || now.opened[Inbound] < last.opened[Inbound] || now.open[Inbound] < 0 {
 			t.Fatalf("from %+v to %+v", last, now)
 		}

@@ -17,6 +17,7 @@ import (
 // Connection is a connection as reports show it. It is a copy: it does not change after it was handed out.
 type Connection struct {
 	ID          uint64         `json:"id"` // unique within this process, in the order of accepting
+	Protocol    Protocol       `json:"protocol"`
 	Direction   Direction      `json:"direction"`
 	Source      netip.AddrPort `json:"source"`                 // who opened it
 	Destination netip.AddrPort `json:"destination"`            // whom they meant: the original destination
@@ -54,10 +55,12 @@ type dialled struct {
 	took  time.Duration
 }
 
-// Dialled notes the proxy's own side of the connection.
+// Dialled notes the proxy's own side of the connection. UDP does not dial: it took no time.
 func (r *Record) Dialled(local netip.AddrPort, took time.Duration) {
 	r.upstream.Store(&dialled{local, took})
-	r.book.dialTime[r.conn.Direction].Observe(took.Seconds())
+	if r.conn.Protocol == TCP {
+		r.book.dialTime[r.conn.Direction].Observe(took.Seconds())
+	}
 }
 
 // Close ends the record. It must be called exactly once, after the last byte was counted. err is nil for OK.

@@ -4,25 +4,26 @@ package telemetry
 
 import (
 	"net/http"
+	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// The metrics. Their labels are `direction` (outbound, inbound) and `reason` (see Reason), and nothing else: the number of
-// series is known beforehand.
+// The metrics. Their labels are `direction` (outbound, inbound), `protocol` (tcp, udp) and `reason` (see Reason), and nothing else:
+// the number of series is known beforehand.
 var (
 	opened = prometheus.NewDesc("pillion_connections_opened_total",
-		"Connections accepted, including those that were refused at once.", []string{"direction"}, nil)
+		"Connections accepted, including those that were refused at once.", []string{"direction", "protocol"}, nil)
 	closed = prometheus.NewDesc("pillion_connections_closed_total",
-		"Connections that ended, by the reason why.", []string{"direction", "reason"}, nil)
+		"Connections that ended, by the reason why.", []string{"direction", "protocol", "reason"}, nil)
 	open = prometheus.NewDesc("pillion_connections_open",
-		"Connections that are open now.", []string{"direction"}, nil)
+		"Connections that are open now.", []string{"direction", "protocol"}, nil)
 	sent = prometheus.NewDesc("pillion_sent_bytes_total",
-		"Bytes passed on from the side that opened the connection.", []string{"direction"}, nil)
+		"Bytes passed on from the side that opened the connection.", []string{"direction", "protocol"}, nil)
 	received = prometheus.NewDesc("pillion_received_bytes_total",
-		"Bytes passed on to the side that opened the connection.", []string{"direction"}, nil)
+		"Bytes passed on to the side that opened the connection.", []string{"direction", "protocol"}, nil)
 )
 
 // register makes a registry of the book's own: two proxies in one process do not meet.
@@ -55,15 +56,19 @@ func (collector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	t := c.book.sum()
-	for d := range directions {
-		name := d.String()
-		ch <- prometheus.MustNewConstMetric(opened, prometheus.CounterValue, float64(t.opened[d]), name)
-		ch <- prometheus.MustNewConstMetric(open, prometheus.GaugeValue, float64(t.open[d]), name)
-		ch <- prometheus.MustNewConstMetric(sent, prometheus.CounterValue, float64(t.sent[d]), name)
-		ch <- prometheus.MustNewConstMetric(received, prometheus.CounterValue, float64(t.received[d]), name)
-		for r := range reasons {
-			ch <- prometheus.MustNewConstMetric(closed, prometheus.CounterValue, float64(t.closed[d][r]), name, r.String())
+	for p, t := range c.book.sum() {
+		for d := range directions {
+			labels := []string{d.String(), Protocol(p).String()}
+			metric := func(desc *prometheus.Desc, kind prometheus.ValueType, value float64, more ...string) {
+				ch <- prometheus.MustNewConstMetric(desc, kind, value, slices.Concat(labels, more)...)
+			}
+			metric(opened, prometheus.CounterValue, float64(t.opened[d]))
+			metric(open, prometheus.GaugeValue, float64(t.open[d]))
+			metric(sent, prometheus.CounterValue, float64(t.sent[d]))
+			metric(received, prometheus.CounterValue, float64(t.received[d]))
+			for r := range reasons {
+				metric(closed, prometheus.CounterValue, float64(t.closed[d][r]), r.String())
+			}
 		}
 	}
 }

@@ -77,3 +77,28 @@ func (d Direction) String() string {
 
 // MarshalText writes the name, for JSON.
 func (d Direction) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// Protocol is the transport protocol of a connection. One of UDP is a flow: the datagrams between two addresses, until there are
+// none for a while.
+type Protocol uint8
+
+// The protocols.
+const (
+	TCP Protocol = iota
+	UDP
+	protocols // their number
+)
+
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	default:
+		return fmt.Sprintf("protocol(%d)", uint8(p))
+	}
+}
+
+// MarshalText writes the name, for JSON.
+func (p Protocol) MarshalText() ([]byte, error) { return []byte(p.String()), nil }

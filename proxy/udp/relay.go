@@ -12,7 +12,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -22,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"golang.org/x/sys/unix"
 )
 
@@ -48,7 +48,7 @@ type Side interface {
 type Relay struct {
 	listeners []*net.UDPConn
 	side      Side
-	log       *slog.Logger
+	book      *telemetry.Book
 
 	mu     sync.Mutex
 	flows  map[key]*flow
@@ -63,26 +63,40 @@ var buffers = sync.Pool{New: func() any { return new([maxDatagram]byte) }}
 // key names a flow.
 type key struct{ client, meant netip.AddrPort }
 
-// flow is one of them. used is when something passed, answers how often it came back.
+// flow is one of them.
 type flow struct {
 	key
 	out      *net.UDPConn // towards whom the client meant
 	back     *net.UDPConn // towards the client
-	used     atomic.Int64 // Unix nanoseconds
-	answered atomic.Int64
+	record   *telemetry.Record
+	used     atomic.Int64 // when something passed, in Unix nanoseconds
+	answered atomic.Int64 // how often something came back
+	refusal  atomic.Value // of the last datagram that was refused: a unix.Errno
+	evicted  atomic.Bool
 }
 
-// New takes over listeners, which tell for whom each datagram was (IP_RECVORIGDSTADDR).
-func New(files []*os.File, side Side, log *slog.Logger) (*Relay, error) {
-	r := &Relay{side: side, log: log, flows: make(map[key]*flow), most: mostFlows()}
+var (
+	errEvicted = errors.New("ended to make room for a new flow: as many as may be were open")
+	errClosed  = errors.New("the relay has ended")
+)
+
+// New takes over listeners, which tell for whom each datagram was (IP_RECVORIGDSTADDR), also when it fails. Flows are entered in
+// the book.
+func New(files []*os.File, side Side, book *telemetry.Book) (*Relay, error) {
+	r := &Relay{side: side, book: book, flows: make(map[key]*flow), most: mostFlows()}
+	var failed error
 	for _, f := range files {
 		conn, err := net.FilePacketConn(f)
 		_ = f.Close()
 		if err != nil {
-			r.closeListeners()
-			return nil, err
+			failed = errors.Join(failed, err)
+			continue
 		}
 		r.listeners = append(r.listeners, conn.(*net.UDPConn))
+	}
+	if failed != nil {
+		r.Close()
+		return nil, failed
 	}
 	return r, nil
 }
@@ -102,7 +116,7 @@ func (r *Relay) Serve(ctx context.Context) {
 		r.work.Go(func() { r.receive(l) })
 	}
 	<-ctx.Done()
-	r.closeListeners()
+	r.Close()
 	r.mu.Lock()
 	r.closed = true
 	for _, f := range r.flows {
@@ -112,7 +126,8 @@ func (r *Relay) Serve(ctx context.Context) {
 	r.work.Wait()
 }
 
-func (r *Relay) closeListeners() {
+// Close closes the listeners of a relay that is not served.
+func (r *Relay) Close() {
 	for _, l := range r.listeners {
 		_ = l.Close() // fails only if it was closed before
 	}
@@ -136,7 +151,7 @@ func (r *Relay) receive(l *net.UDPConn) {
 		k := key{netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), meant}
 		f, err := r.flow(k)
 		if err != nil {
-			r.log.Debug("a datagram was dropped", "source", k.client, "destination", k.meant, "error", err)
+			r.book.Open(telemetry.UDP, telemetry.Outbound, k.client, k.meant).Close(reason(err), err)
 			r.refuse(k, err)
 			continue
 		}
@@ -152,7 +167,7 @@ func (r *Relay) flow(k key) (*flow, error) {
 		return f, nil
 	}
 	if r.closed { // the datagram came while the listeners were closed
-		return nil, net.ErrClosed
+		return nil, errClosed
 	}
 	if len(r.flows) >= r.most {
 		r.evict()
@@ -166,11 +181,11 @@ func (r *Relay) flow(k key) (*flow, error) {
 		_ = out.Close()
 		return nil, err
 	}
-	f := &flow{key: k, out: out, back: back}
+	f := &flow{key: k, out: out, back: back, record: r.book.Open(telemetry.UDP, telemetry.Outbound, k.client, k.meant)}
+	f.record.Dialled(out.LocalAddr().(*net.UDPAddr).AddrPort(), 0)
 	f.touch()
 	r.flows[k] = f
-	r.work.Go(func() { r.answers(f) })
-	r.work.Go(func() { r.questions(f) })
+	r.work.Go(func() { r.carry(f) })
 	return f, nil
 }
 
@@ -184,6 +199,7 @@ func (r *Relay) evict() {
 	}
 	if oldest != nil {
 		delete(r.flows, oldest.key)
+		oldest.evicted.Store(true)
 		oldest.close()
 	}
 }
@@ -212,6 +228,38 @@ func tellErrors(network, _ string, c syscall.RawConn) (err error) {
 	return errors.Join(cerr, err)
 }
 
+// carry carries a flow to its end.
+func (r *Relay) carry(f *flow) {
+	var answers sync.WaitGroup
+	answers.Go(func() { r.answers(f) })
+	r.questions(f)
+	answers.Wait()
+	refused, _ := f.refusal.Load().(unix.Errno)
+	switch {
+	case f.evicted.Load():
+		f.record.Close(telemetry.ConnectionLimit, errEvicted)
+	case refused != 0 && f.answered.Load() == 0:
+		f.record.Close(reason(refused), refused)
+	default:
+		f.record.Close(telemetry.OK, nil)
+	}
+}
+
+// reason classifies why a datagram was not carried.
+func reason(err error) telemetry.Reason {
+	switch {
+	case errors.Is(err, unix.ECONNREFUSED):
+		return telemetry.UpstreamConnectRefused
+	case isRefusal(err):
+		return telemetry.UpstreamUnreachable
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
+		return telemetry.ConnectionLimit
+	case errors.Is(err, errClosed):
+		return telemetry.Shutdown
+	}
+	return telemetry.InternalError
+}
+
 // questions passes on what the client sends, until the flow is idle or closed, or the client gone.
 func (r *Relay) questions(f *flow) {
 	defer r.end(f)
@@ -229,7 +277,8 @@ func (r *Relay) answers(f *flow) {
 		err := f.next(f.out, func(b []byte) {
 			f.touch()
 			f.answered.Add(1)
-			_, _ = f.back.Write(b) // a datagram may be lost; that the client is gone is told to questions
+			n, _ := f.back.Write(b) // a datagram may be lost; that the client is gone is told to questions
+			f.record.Received.Add(uint64(n))
 		})
 		if err != nil && !r.refused(f, err) {
 			return
@@ -240,16 +289,23 @@ func (r *Relay) answers(f *flow) {
 // send sends what the client sent. An error that waits on the socket is of an earlier datagram.
 func (r *Relay) send(f *flow, b []byte) {
 	f.touch()
-	if _, err := f.out.Write(b); err != nil && r.refused(f, err) {
-		_, _ = f.out.Write(b) // a datagram may be lost
+	n, err := f.out.Write(b)
+	if err != nil && r.refused(f, err) {
+		n, _ = f.out.Write(b) // a datagram may be lost
 	}
+	f.record.Sent.Add(uint64(n))
 }
 
 // refused passes on that a datagram of a flow was refused, if that is what the error says. First its report is dropped: of a refusal
 // after that the socket tells again.
 func (r *Relay) refused(f *flow, err error) bool {
 	forget(f.out)
-	return r.refuse(f.key, err)
+	if !r.refuse(f.key, err) {
+		return false
+	}
+	errno, _ := errors.AsType[unix.Errno](err)
+	f.refusal.Store(errno)
+	return true
 }
 
 // forget drops the reports of errors, which else fill the room of datagrams (MSG_ERRQUEUE in recv(2)).
@@ -306,12 +362,18 @@ func readOnce(raw syscall.RawConn, then func([]byte)) error {
 
 // refuse passes on that a datagram was refused, if that is what the error says.
 func (r *Relay) refuse(k key, err error) bool {
-	errno, ok := errors.AsType[unix.Errno](err)
-	if !ok || !slices.Contains([]unix.Errno{unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EACCES}, errno) {
+	if !isRefusal(err) {
 		return false
 	}
+	errno, _ := errors.AsType[unix.Errno](err)
 	r.side.Refuse(k.meant, k.client, errno)
 	return true
+}
+
+// isRefusal reports whether an error says that nobody takes the datagram.
+func isRefusal(err error) bool {
+	errno, ok := errors.AsType[unix.Errno](err)
+	return ok && slices.Contains([]unix.Errno{unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EACCES}, errno)
 }
 
 func (f *flow) touch() { f.used.Store(time.Now().UnixNano()) }

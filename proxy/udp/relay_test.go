@@ -13,12 +13,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
 // side is one whose clients are on this host: its answers come from a port of its own.
-type side struct{ told chan unix.Errno }
+// It observes the flows, too.
+type side struct {
+	told   chan unix.Errno
+	closed chan telemetry.Connection
+}
+
+func (s *side) Opened(telemetry.Connection)   {}
+func (s *side) Closed(c telemetry.Connection) { s.closed <- c }
 
 func (s *side) Answer(_, client netip.AddrPort) (*net.UDPConn, error) {
 	return net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(client))
@@ -31,8 +39,8 @@ func (s *side) Refuse(_, _ netip.AddrPort, why unix.Errno) {
 // newRelay serves a relay until the test ends, and is spoken to by its flow method: its listeners take transparent sockets.
 func newRelay(t *testing.T) (*Relay, *side) {
 	t.Helper()
-	s := &side{told: make(chan unix.Errno, 100)}
-	r, err := New(nil, s, slog.New(slog.DiscardHandler))
+	s := &side{told: make(chan unix.Errno, 100), closed: make(chan telemetry.Connection, 100)}
+	r, err := New(nil, s, telemetry.NewBook(slog.New(slog.DiscardHandler), s))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,6 +52,9 @@ func newRelay(t *testing.T) (*Relay, *side) {
 		<-served
 		if len(r.flows) != 0 {
 			t.Errorf("%d flows are left", len(r.flows))
+		}
+		if live := r.book.Live(); len(live) != 0 {
+			t.Errorf("%v are still in the book", live)
 		}
 		goleak.VerifyNone(t)
 	})
@@ -129,7 +140,7 @@ func TestRefused(t *testing.T) {
 
 // TestBounded: there are no more flows than may be; the one that has been idle for longest makes room.
 func TestBounded(t *testing.T) {
-	r, _ := newRelay(t)
+	r, s := newRelay(t)
 	r.most = 3
 	_, to := listen(t)
 	var flows []*flow
@@ -141,6 +152,9 @@ func TestBounded(t *testing.T) {
 		}
 		flows = append(flows, f)
 	}
+	if c := <-s.closed; c.Source != flows[0].client || c.Reason != telemetry.ConnectionLimit || c.Error == "" {
+		t.Errorf("what ended is %+v; want the first flow, for the limit, with an explanation", c)
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.flows) != r.most || r.flows[flows[0].key] != nil || r.flows[flows[r.most].key] != flows[r.most] {
@@ -148,9 +162,55 @@ func TestBounded(t *testing.T) {
 	}
 }
 
+// TestBook: of a flow it is known whom it was for, what it carried, and how it ended.
+func TestBook(t *testing.T) {
+	r, s := newRelay(t)
+	for _, c := range []struct {
+		name   string
+		serve  func(*net.UDPConn)
+		reason telemetry.Reason
+		error  string
+		bytes  [2]uint64
+	}{
+		{"answered", func(c *net.UDPConn) {
+			b := make([]byte, 100)
+			n, peer, _ := c.ReadFromUDPAddrPort(b)
+			_, _ = c.WriteToUDPAddrPort(append(b[:n], "..."...), peer)
+		}, telemetry.OK, "", [2]uint64{5, 8}},
+		{"refused", func(c *net.UDPConn) { _ = c.Close() }, telemetry.UpstreamConnectRefused, "connection refused", [2]uint64{5, 0}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			client, from := listen(t)
+			server, to := listen(t)
+			if c.reason != telemetry.OK {
+				c.serve(server)
+			}
+			f, err := r.flow(key{from, to})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.send(f, []byte("hello"))
+			if c.reason == telemetry.OK {
+				c.serve(server)
+				_, _ = client.Read(make([]byte, 100))
+			} else {
+				<-s.told
+			}
+			f.close()
+			got := <-s.closed
+			if got.Source != from || got.Destination != to || got.Protocol != telemetry.UDP || got.Upstream.Addr() != from.Addr() {
+				t.Errorf("%+v, want UDP from %s to %s", got, from, to)
+			}
+			if got.Reason != c.reason || got.Error != c.error || [2]uint64{got.Sent, got.Received} != c.bytes {
+				t.Errorf("%+v, want %s, %q, %v", got, c.reason, c.error, c.bytes)
+			}
+		})
+	}
+}
+
 // TestLate: a datagram that was read while the relay was told to end begins no flow.
 func TestLate(t *testing.T) {
-	r, err := New(nil, &side{}, slog.New(slog.DiscardHandler))
+	r, err := New(nil, &side{}, telemetry.NewBook(slog.New(slog.DiscardHandler), nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,8 +219,8 @@ func TestLate(t *testing.T) {
 	r.Serve(ctx)
 	_, from := listen(t)
 	_, to := listen(t)
-	if _, err := r.flow(key{from, to}); !errors.Is(err, net.ErrClosed) || len(r.flows) > 0 {
-		t.Errorf("%v, and %d flows; want %v, and none", err, len(r.flows), net.ErrClosed)
+	if _, err := r.flow(key{from, to}); !errors.Is(err, errClosed) || len(r.flows) > 0 {
+		t.Errorf("%v, and %d flows; want %v, and none", err, len(r.flows), errClosed)
 	}
 }
 
@@ -195,7 +255,7 @@ func TestNotASocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New([]*os.File{file}, &side{}, slog.Default()); err == nil {
+	if _, err := New([]*os.File{file}, &side{}, telemetry.NewBook(slog.Default(), nil)); err == nil {
 		t.Error("/dev/null is a socket")
 	}
 	if err := file.Close(); err == nil {

@@ -90,7 +90,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, w := range p.paths() {
 		p.captured(t, w)
 	}
-	want := []string{`pillion_connections_opened_total{direction="outbound"} 3`, `pillion_connections_opened_total{direction="inbound"} 3`}
+	want := []string{`pillion_connections_opened_total{direction="outbound",protocol="tcp"} 3`, `pillion_connections_opened_total{direction="inbound",protocol="tcp"} 3`}
 	last := ""
 	testnet.Wait(t, "the metrics count three connections each way", func() bool {
 		var err error

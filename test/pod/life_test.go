@@ -111,7 +111,7 @@ func TestSidecarKilled(t *testing.T) {
 			client, web := pair(t, "--on-proxy-down="+tt.policy)
 			load := client.ask("app", "/usr/bin/curl", "-sS", "-o", "/dev/null", "http://"+web.ip4+"/trickle")
 			testnet.Wait(t, "the transfer is under way", func() bool {
-				return strings.Contains(client.must(client.run("", "curl", "-fsS", "http://"+client.ip4+":16020/metrics")), `pillion_connections_open{direction="outbound"} 1`)
+				return strings.Contains(client.must(client.run("", "curl", "-fsS", "http://"+client.ip4+":16020/metrics")), `pillion_connections_open{direction="outbound",protocol="tcp"} 1`)
 			})
 			tt.kill(client)
 			if i := client.waitStatus("pillion", "exited"); i.State.ExitCode != 128+int(unix.SIGKILL) {
@@ -171,7 +171,7 @@ func TestSigtermDuringTransfer(t *testing.T) {
 	client, web := pair(t)
 	a := client.ask("app", "/usr/bin/curl", "-sS", "-o", "/dev/null", "-w", "%{size_download}\n", "http://"+web.ip4+"/million")
 	testnet.Wait(t, "the transfer is under way", func() bool {
-		return strings.Contains(client.must(client.run("", "curl", "-fsS", "http://"+client.ip4+":16020/metrics")), `pillion_connections_open{direction="outbound"} 1`)
+		return strings.Contains(client.must(client.run("", "curl", "-fsS", "http://"+client.ip4+":16020/metrics")), `pillion_connections_open{direction="outbound",protocol="tcp"} 1`)
 	})
 	client.must(client.podman("stop", "--time=60", client.container("pillion")))
 	a.end(t, 0)
