@@ -13,6 +13,7 @@ packages_of() {
 	test)
 		echo ca-certificates gcc libc6-dev iproute2 iptables util-linux sudo curl openssl nginx-light \
 			redis-server redis-tools postgresql postgresql-client openssh-server openssh-client \
+			git nodejs python3 default-jre-headless \
 			podman runc conmon netavark catatonit busybox-static libcap2-bin
 		;;
 	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
@@ -30,6 +31,10 @@ packages_of() {
 program_of() {
 	case $1 in
 	nginx-light) echo nginx ;;
+	# Those of a user's own directory are not every user's.
+	nodejs) echo /usr/bin/node ;;
+	python3) echo /usr/bin/python3 ;;
+	default-jre-headless) echo /usr/bin/keytool ;;
 	iproute2) echo ip ;;
 	util-linux) echo setpriv ;;
 	redis-tools) echo redis-cli ;;
