@@ -48,15 +48,6 @@ type Config struct {
 	Outbound *listen.Listener
 	// Datagrams are carried if there are listeners for them. Listen takes these over, also when it fails.
 	Datagrams Datagrams
-	// Published are listeners of this host for servers in such a namespace. Listen takes them over, also when it fails.
-	Published []Published
-}
-
-// Published is a listener whose connections are carried to a server that only Dial reaches. Dial returns a connection that has
-// listen.SetCommon's options.
-type Published struct {
-	Listener *listen.Listener
-	Dial     func(context.Context, upstream.Client) (*net.TCPConn, error)
 }
 
 // Datagrams are the listeners for captured datagrams (see udp.New), and the side from which these come.
@@ -73,7 +64,6 @@ type Server struct {
 	dialer *upstream.Dialer
 
 	outbound, inbound, inboundOwn *listen.Listener
-	published                     []Published
 	datagrams                     *udp.Relay
 	admin, health                 net.Listener // nil if there is none
 
@@ -96,7 +86,7 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Access == nil {
 		cfg.Access = cfg.Log
 	}
-	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, published: cfg.Published, doubt: make(chan suspect, 1), cut: make(chan struct{})}
+	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
 	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
 	err := s.listen()
@@ -204,9 +194,6 @@ func (s *Server) listeners() []*listen.Listener {
 func (s *Server) closeListeners() {
 	for _, l := range s.listeners() {
 		l.Close()
-	}
-	for _, p := range s.published {
-		p.Listener.Close()
 	}
 	if s.datagrams != nil {
 		s.datagrams.Close()

@@ -4,9 +4,11 @@ package proxy
 
 import (
 	"context"
+	"net"
 	"slices"
 	"sync"
 
+	"github.com/pillionproxy/pillion/proxy/listen"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"github.com/pillionproxy/pillion/proxy/upstream"
 )
@@ -80,11 +82,20 @@ func (s *Server) routes() []*route {
 		{Server: s, listener: s.inbound, direction: telemetry.Inbound, dial: s.dialer.Inbound},
 		{Server: s, listener: s.inboundOwn, direction: telemetry.Inbound, dial: s.dialer.InboundOwn},
 	}
-	all = slices.DeleteFunc(all, func(r *route) bool { return r.listener == nil })
-	for _, p := range s.published {
-		all = append(all, &route{Server: s, listener: p.Listener, direction: telemetry.Inbound, dial: func(ctx context.Context, c upstream.Client) (*upstream.Conn, error) {
-			return upstream.Take(p.Dial(ctx, c))
-		}})
+	return slices.DeleteFunc(all, func(r *route) bool { return r.listener == nil })
+}
+
+// Publish carries the connections of one more listener, which it takes over, to a server that only dial reaches, until stop is
+// called, which waits until nothing more is accepted; that is to be done before Serve is told to end. What dial returns has
+// listen.SetCommon's options.
+func (s *Server) Publish(l *listen.Listener, dial func(context.Context, upstream.Client) (*net.TCPConn, error)) (stop func()) {
+	r := &route{Server: s, listener: l, direction: telemetry.Inbound, dial: func(ctx context.Context, c upstream.Client) (*upstream.Conn, error) {
+		return upstream.Take(dial(ctx, c))
+	}}
+	var running sync.WaitGroup
+	running.Go(func() { l.Serve(r) })
+	return func() {
+		l.Close()
+		running.Wait()
 	}
-	return all
 }

@@ -12,11 +12,13 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/rootless"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -55,20 +57,22 @@ type keepFlow struct {
 }
 
 type keepStart struct {
-	Path string
-	Args []string
-	Wait bool // for what the command leaves in the background
+	Path      string
+	Args      []string
+	Wait      bool // for what the command leaves in the background
+	Listening bool // tell on what it listens
 }
 
 // keepReply is the answer. Descriptors come beside it.
 type keepReply struct {
-	TCP, UDP int    // how many of the descriptors are listeners of each
-	Ended    bool   // the command
-	Status   int    // of the command, as a shell would show it
-	Left     int    // processes of the command that were ended with it
-	Err      string `json:",omitempty"`
-	Hint     string `json:",omitempty"`
-	Exit     int    `json:",omitempty"`
+	TCP, UDP  int        // how many of the descriptors are listeners of each
+	Listening []openPort // news: on what the command listens now
+	Ended     bool       // news: the command has
+	Status    int        // of the command, as a shell would show it
+	Left      int        // processes of the command that were ended with it
+	Err       string     `json:",omitempty"`
+	Hint      string     `json:",omitempty"`
+	Exit      int        `json:",omitempty"`
 }
 
 func failed(err error) keepReply {
@@ -219,6 +223,9 @@ func (k *keeper) start(s keepStart) error {
 		}
 		_ = k.line.send(keepReply{}, nil) // the proxy is gone else
 		started <- nil
+		if s.Listening {
+			go k.tellListening()
+		}
 		signals.passTo(cmd.Process)
 		status := reap(cmd.Process.Pid)
 		signals.stop()
@@ -230,6 +237,24 @@ func (k *keeper) start(s keepStart) error {
 		return &config.Fault{Err: fmt.Errorf("start %s: %w", s.Path, err), Exit: exitNotExecutable}
 	}
 	return nil
+}
+
+// lookForListeners is how often it is looked for new listeners: of these the kernel does not tell.
+const lookForListeners = 100 * time.Millisecond
+
+// tellListening tells the proxy on what the command listens, whenever that changes, until we end.
+func (k *keeper) tellListening() {
+	told := []openPort{}
+	for ; ; time.Sleep(lookForListeners) {
+		now := openPorts(redirect.ListeningSockets(), rootlessPorts.TCP)
+		if slices.Equal(now, told) {
+			continue
+		}
+		if err := k.line.send(keepReply{Listening: append([]openPort{}, now...)}, nil); err != nil {
+			return // the proxy is gone
+		}
+		told = now
+	}
 }
 
 // reap waits for the command; whatever else ends is forgotten. We are the first process of the namespace: who loses its

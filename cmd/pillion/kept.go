@@ -27,6 +27,8 @@ type kept struct {
 	answers chan answer
 	over    chan keepReply // the command has ended
 	gone    chan struct{}  // closed when the keeper says nothing more
+
+	listening func([]openPort) // told on what the command listens; set before it starts
 }
 
 type answer struct {
@@ -88,8 +90,12 @@ func (k *kept) listen() {
 		if err != nil {
 			return
 		}
-		if r.Ended {
+		switch {
+		case r.Ended:
 			k.over <- r
+			continue
+		case r.Listening != nil:
+			k.listening(r.Listening)
 			continue
 		}
 		select {
@@ -176,10 +182,11 @@ func (k *kept) Refuse(meant, client netip.AddrPort, why unix.Errno) {
 	_, _ = k.ask(keepRequest{Refuse: &keepFlow{meant, client, why == unix.ECONNREFUSED}}) // else the client times out
 }
 
-// run starts the command and waits for its end.
-func (k *kept) run(s keepStart) (status, left int, err error) {
+// run starts the command and waits for its end. Meanwhile listening is told on what it listens, if s says so.
+func (k *kept) run(s keepStart, listening func([]openPort)) (status, left int, err error) {
 	signals := catchSignals()
 	defer signals.stop()
+	k.listening = listening
 	if _, err := k.ask(keepRequest{Start: &s}); err != nil {
 		return 0, 0, err
 	}

@@ -3,19 +3,25 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pillionproxy/pillion/proxy"
 	"github.com/pillionproxy/pillion/proxy/listen"
 	"github.com/pillionproxy/pillion/proxy/upstream"
+	"github.com/pillionproxy/pillion/redirect"
 	"github.com/pillionproxy/pillion/redirect/rootless"
 	"golang.org/x/sys/unix"
 )
@@ -86,30 +92,144 @@ func parsePublication(s string) (p publication, err error) {
 	return publication{netip.AddrPortFrom(addr, ports[0]), ports[len(ports)-1]}, nil
 }
 
-// publish opens the listeners of the flags.
-func (k *kept) publish(list publications) (published []proxy.Published, err error) {
-	for _, p := range list {
-		var l *listen.Listener
-		if p.at.Addr().IsValid() {
-			l, err = listen.OpenAt(p.at)
-		} else {
-			l, err = listen.Open(listen.Kind{Any: true}, p.at.Port(), nil)
-		}
-		if err != nil {
-			for _, p := range published {
-				p.Listener.Close()
-			}
-			return nil, fmt.Errorf("--publish %s: %w", p, err)
-		}
-		published = append(published, proxy.Published{Listener: l, Dial: k.dialTo(p.port)})
-	}
-	return published, nil
+// publisher lets others connect to servers of the command.
+type publisher struct {
+	server *proxy.Server
+	kept   *kept
+	stderr io.Writer
+
+	stops []func()              // of what the flags name
+	named map[uint16]bool       // ports of the command that they name
+	mu    sync.Mutex            // guards what follows
+	over  bool                  // nothing more is opened
+	own   map[openPort][]func() // stops of what the command was seen to listen on
 }
 
-// dialTo dials a port of the command at the address that the client dialled, in the client's name.
-func (k *kept) dialTo(port uint16) func(context.Context, upstream.Client) (*net.TCPConn, error) {
+// open opens what the flags name.
+func (p *publisher) open(list publications) (err error) {
+	p.named = make(map[uint16]bool)
+	for _, one := range list {
+		var l *listen.Listener
+		if one.at.Addr().IsValid() {
+			l, err = listen.OpenAt(one.at)
+		} else {
+			l, err = listen.Open(listen.Kind{Any: true}, one.at.Port(), nil)
+		}
+		if err != nil {
+			return fmt.Errorf("--publish %s: %w", one, err)
+		}
+		p.stops = append(p.stops, p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(netip.Addr{}, one.port))))
+		p.named[one.port] = true
+	}
+	return nil
+}
+
+// update is told on what the command listens now, for --publish-all.
+func (p *publisher) update(now []openPort) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.over {
+		return
+	}
+	for port, stops := range p.own {
+		if !slices.Contains(now, port) {
+			delete(p.own, port)
+			callAll(stops)
+		}
+	}
+	for _, port := range now {
+		if _, known := p.own[port]; !known && !p.named[port.Port] {
+			p.own[port] = p.add(port)
+		}
+	}
+}
+
+// add publishes a port at the loopback addresses of this host, and says so.
+func (p *publisher) add(port openPort) (stops []func()) {
+	var at []string
+	for _, family := range []struct {
+		here string
+		to   netip.Addr
+	}{{"127.0.0.1", port.V4}, {"::1", port.V6}} {
+		if !family.to.IsValid() {
+			continue
+		}
+		addr := netip.AddrPortFrom(netip.MustParseAddr(family.here), port.Port)
+		l, err := listen.OpenAt(addr)
+		if err != nil {
+			fmt.Fprintf(p.stderr, "pillion: the command's port %d is not at %s: %v\n", port.Port, addr, err)
+			continue
+		}
+		stops = append(stops, p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(family.to, port.Port))))
+		at = append(at, addr.String())
+	}
+	if len(at) > 0 {
+		fmt.Fprintf(p.stderr, "pillion: the command's port %d is at %s\n", port.Port, strings.Join(at, " and "))
+	}
+	return stops
+}
+
+// close ends it all.
+func (p *publisher) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.over = true
+	callAll(p.stops)
+	for _, stops := range p.own {
+		callAll(stops)
+	}
+}
+
+func callAll(list []func()) {
+	for _, f := range list {
+		f()
+	}
+}
+
+// openPort is a port on which the command listens, and where it is met there in each family; at the loopback address if it can be.
+type openPort struct {
+	Port   uint16
+	V4, V6 netip.Addr
+}
+
+// openPorts are those of the sockets that listen, but for one of our own, in the order of their numbers. A socket of IPv6 that
+// takes every address takes IPv4's, too, unless it was told not to, which cannot be seen.
+func openPorts(sockets []redirect.Listening, ours uint16) []openPort {
+	ports := make(map[uint16]openPort)
+	prefer := func(old, found, loopback netip.Addr) netip.Addr {
+		switch {
+		case found.IsUnspecified():
+			return loopback
+		case old == loopback:
+			return old
+		}
+		return found
+	}
+	for _, s := range sockets {
+		if s.Local.Port() == ours {
+			continue
+		}
+		p, addr := ports[s.Local.Port()], s.Local.Addr()
+		p.Port = s.Local.Port()
+		if addr.Unmap().Is4() || addr == netip.IPv6Unspecified() {
+			p.V4 = prefer(p.V4, addr.Unmap(), netip.MustParseAddr("127.0.0.1"))
+		}
+		if addr.Is6() && !addr.Is4In6() {
+			p.V6 = prefer(p.V6, addr, netip.IPv6Loopback())
+		}
+		ports[s.Local.Port()] = p
+	}
+	return slices.SortedFunc(maps.Values(ports), func(a, b openPort) int { return cmp.Compare(a.Port, b.Port) })
+}
+
+// dialTo dials a port of the command in the client's name; without an address, at the one that the client dialled.
+func (k *kept) dialTo(to netip.AddrPort) func(context.Context, upstream.Client) (*net.TCPConn, error) {
 	return func(ctx context.Context, c upstream.Client) (*net.TCPConn, error) {
-		f, err := k.askSocket(keepRequest{Dial: &keepDial{From: c.Remote(), To: netip.AddrPortFrom(c.Local().Addr(), port)}})
+		addr := to.Addr()
+		if !addr.IsValid() {
+			addr = c.Local().Addr()
+		}
+		f, err := k.askSocket(keepRequest{Dial: &keepDial{From: c.Remote(), To: netip.AddrPortFrom(addr, to.Port())}})
 		if err != nil {
 			return nil, err
 		}

@@ -56,11 +56,6 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	seen := newRecorder(e.stderr, o.report.follow)
 	cfg := proxy.Config{Proxy: o.proxy, Log: log, Observer: seen, Outbound: tcp, Datagrams: proxy.Datagrams{Listeners: datagrams, Side: kept}}
 	cfg.DrainTimeout = drainAfterCommand
-	if cfg.Published, err = kept.publish(o.publish); err != nil {
-		tcp.Close()
-		closeAll(datagrams)
-		return err
-	}
 	server, err := proxy.Listen(cfg)
 	if err != nil {
 		return err
@@ -74,9 +69,15 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	})
 	stop := sync.OnceFunc(func() { cancel(); carrying.Wait() })
 	defer stop()
+	published := &publisher{server: server, kept: kept, stderr: e.stderr, own: make(map[openPort][]func())}
+	defer published.close()
+	if err := published.open(o.publish); err != nil {
+		return err
+	}
 
 	seen.begin()
-	status, left, err := kept.run(keepStart{Path: path, Args: args, Wait: o.waitAll})
+	status, left, err := kept.run(keepStart{Path: path, Args: args, Wait: o.waitAll, Listening: o.publishAll}, published.update)
+	published.close()
 	if err != nil {
 		return err
 	}

@@ -33,6 +33,8 @@ type runOptions struct {
 	mapRoot  bool
 	dryRun   bool
 	publish  publications
+	// every port of the command, too
+	publishAll bool
 }
 
 func newRunCommand(e *env) *cobra.Command {
@@ -49,7 +51,7 @@ With root's rights the command runs in a cgroup of its own (backend ebpf), and w
 Without them it runs in a user and a network namespace of its own (backend rootless): it sees the same addresses, and reaches
 by TCP and UDP what this host reaches, "localhost" being its own listeners first and this host's next. Differently from
 without it: sudo, ping and other programs that gain rights do not; abstract Unix sockets (some of X11 and D-Bus) are out of
-reach; others connect to its listeners by --publish alone; processes outside are not seen.
+reach; others connect to its listeners by --publish and --publish-all alone; processes outside are not seen.
 
 The command keeps its terminal, signals, directory, environment and exit status; started by sudo it runs as the user who
 called sudo. It ends with the capture: processes that it left in the background are ended too, unless --wait-all waits for
@@ -67,9 +69,9 @@ number if a signal ended it.`,
 			if o.backend.rootless(o) {
 				return runRootless(e, o, args, cmd.Flags())
 			}
-			if o.mapRoot || o.dryRun || len(o.publish) > 0 {
+			if o.mapRoot || o.dryRun || len(o.publish) > 0 || o.publishAll {
 				return &config.Fault{
-					Err:  errors.New("--publish, --map-root and --dry-run are for the backend rootless"),
+					Err:  errors.New("--publish, --publish-all, --map-root and --dry-run are for the backend rootless"),
 					Hint: "leave it out: the command's listeners are this host's; or take --backend rootless",
 					Exit: config.ExitUsage,
 				}
@@ -98,6 +100,7 @@ number if a signal ended it.`,
 	f.BoolVar(&o.waitAll, "wait-all", false, "wait for the processes that the command leaves in the background")
 	f.Var(&o.backend, "backend", "how to capture; auto is ebpf where this process has the rights for it, else rootless")
 	f.Var(&o.publish, "publish", "rootless: let others connect to a port that the command listens on, at an address of this host (default: all), by this or another port")
+	f.BoolVar(&o.publishAll, "publish-all", false, "rootless: let programs of this host connect to every port that the command listens on, at this host's loopback addresses")
 	f.BoolVar(&o.mapRoot, "map-root", false, "rootless: the command sees itself as root, with rights in its own namespaces alone")
 	f.BoolVar(&o.dryRun, "dry-run", false, "rootless: print what would be done, as commands, and do nothing")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "print what the sidecar says")

@@ -125,14 +125,14 @@ func goModules(t *testing.T, offered string) func(*testing.T, host, string, stri
 }
 
 func java(t *testing.T, _ string) func(*testing.T, host, string, string) {
-	program := testnet.NeedProgram(t, "/usr/bin/keytool", "default-jre-headless")
+	program := testnet.NeedProgram(t, "keytool", "default-jre-headless")
 	return func(t *testing.T, h host, _, address string) {
 		h.client(t, []string{"Owner: CN=pillion"}, program, "-printcert", "-sslserver", net.JoinHostPort(address, fmt.Sprint(tlsPort)))
 	}
 }
 
 func node(t *testing.T, _ string) func(*testing.T, host, string, string) {
-	program := testnet.NeedProgram(t, "/usr/bin/node", "nodejs")
+	program := testnet.NeedProgram(t, "node", "nodejs")
 	return func(t *testing.T, h host, _, address string) {
 		h.client(t, []string{strings.Repeat(asks(address)+"\n", 50)}, program, "-e", `
 for (let i = 0; i < 50; i++)
@@ -142,7 +142,7 @@ for (let i = 0; i < 50; i++)
 }
 
 func python(t *testing.T, _ string) func(*testing.T, host, string, string) {
-	program := testnet.NeedProgram(t, "/usr/bin/python3", "python3")
+	program := testnet.NeedProgram(t, "python3", "python3")
 	return func(t *testing.T, h host, _, address string) {
 		h.client(t, []string{strings.Repeat(asks(address)+"\n", 50)}, program, "-c", `
 import concurrent.futures, ssl, sys, urllib.request

@@ -331,7 +331,7 @@ func openssl(t *testing.T) service {
 			cmd := h.program(program, "s_client", "-connect", net.JoinHostPort(address, "4433"), "-servername", "pillion", "-ign_eof")
 			cmd.Stdin = strings.NewReader("GET / HTTP/1.0\r\n\r\n")
 			r := run(t, cmd)
-			for _, want := range []string{"subject=CN = pillion", "TLSv1.3", "s_server -"} {
+			for _, want := range []string{"subject=CN", "TLSv1.3", "s_server -"} {
 				if r.code != 0 || !strings.Contains(r.stdout, want) {
 					t.Fatalf("s_client: exit code %d, want 0 and %q\n%s%s", r.code, want, r.stdout, r.stderr)
 				}

@@ -252,6 +252,53 @@ func TestRootlessPublished(t *testing.T) {
 	})
 }
 
+// TestRootlessPublishesAll: what the command listens on is at the host's loopback addresses for as long, and told.
+func TestRootlessPublishesAll(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	s.user = ordinary
+	cmd, said := s.raw([]string{"--backend", "rootless", "--publish-all"}, selfPath), &testnet.Lines{}
+	cmd.Stderr = said
+	app := s.ns.AgentThrough(cmd)
+	s.ns.Serve("tcp", "127.0.0.1:7402", func(*net.TCPConn) {})
+	for addr, at := range map[string][]string{
+		"[::]:7400":    {"127.0.0.1:7400", "[::1]:7400"},
+		pod4 + ":7401": {"127.0.0.1:7401"},
+		"[::1]:7402":   {"[::1]:7402"},
+	} {
+		server := app.Serve("tcp", addr, func(c *net.TCPConn) { _, _ = io.Copy(c, c); c.Close() })
+		for _, at := range at {
+			at := netip.MustParseAddrPort(at)
+			s.ns.WaitSocket(t, at.String()+" is published", func(x testnet.Socket) bool { return x.State == testnet.Listen && x.Local == at })
+			c, err := s.ns.Dial("tcp", at.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := exchange(c, "to the command"); err != nil {
+				t.Errorf("%s: %v", at, err)
+			}
+			c.Close()
+		}
+		server.Close()
+		testnet.Wait(t, "nothing is published any more", func() bool {
+			c, err := s.ns.Dial("tcp", at[0])
+			if err == nil {
+				c.Close()
+			}
+			return errors.Is(err, syscall.ECONNREFUSED)
+		})
+	}
+	app.Serve("tcp4", "0.0.0.0:7402", func(c *net.TCPConn) { c.Close() })
+	for _, want := range []string{
+		"the command's port 7400 is at 127.0.0.1:7400 and [::1]:7400\n",
+		"the command's port 7401 is at 127.0.0.1:7401\n",
+		"the command's port 7402 is not at 127.0.0.1:7402: ",
+	} {
+		testnet.Wait(t, "it is said: "+want, func() bool { return strings.Contains(said.String(), want) })
+	}
+	t.Log(said.String())
+}
+
 // TestRootlessHasNoRights: the command is who it was, and may do no more than before.
 func TestRootlessHasNoRights(t *testing.T) {
 	t.Parallel()

@@ -80,20 +80,26 @@ func NeedRoot(t testing.TB) {
 }
 
 // NeedProgram returns the path of a program, or ends the test as NeedRoot does, naming the Debian package to install.
-// Programs in sbin and in Debian's folder of PostgreSQL are found whatever PATH says.
+// Programs in sbin and in Debian's folders of PostgreSQL and Java are found whatever PATH says.
 func NeedProgram(t testing.TB, name, pkg string) string {
 	t.Helper()
-	if path, err := exec.LookPath(name); err == nil {
-		if real, err := filepath.EvalSymlinks(path); err == nil && filepath.Base(real) == name {
-			return real
+	real := func(path string) string {
+		if target, err := filepath.EvalSymlinks(path); err == nil && filepath.Base(target) == name {
+			return target
 		}
 		return path
 	}
-	for _, pattern := range []string{"/usr/sbin/", "/sbin/", "/usr/lib/postgresql/*/bin/"} {
+	// Debian's own first: those of a home directory are not every user's.
+	for _, pattern := range []string{"/usr/bin/", "/usr/sbin/", "/bin/", "/sbin/", "/usr/lib/postgresql/*/bin/", "/usr/lib/jvm/*/bin/"} {
 		found, _ := filepath.Glob(pattern + name)
-		if len(found) > 0 {
-			return found[len(found)-1]
+		for _, path := range slices.Backward(found) {
+			if unix.Access(path, unix.X_OK) == nil {
+				return real(path)
+			}
 		}
+	}
+	if path, err := exec.LookPath(name); err == nil {
+		return real(path)
 	}
 	missing(t, "this test needs the program %s: apt-get install %s", name, pkg)
 	return ""
