@@ -25,8 +25,11 @@ type bench struct {
 	subjects    []string // those of subjects that are measured
 }
 
-// subjects are compared in this order; the first and the second are what the others are divided by.
+// subjects are compared in this order.
 var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns"}
+
+// bases are the subjects by which the others are divided, and how that is called.
+var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"slirp4netns", "slirp"}}
 
 var families = []string{"IPv4", "IPv6"}
 

@@ -43,17 +43,20 @@ func (b bench) report(w io.Writer, all results) error {
 	} {
 		fmt.Fprintf(&out, "\n### %s\n\n| family | subject |", table.title)
 		for _, f := range table.figures {
-			fmt.Fprintf(&out, " %s | × direct | × redirect |", f.name)
+			fmt.Fprintf(&out, " %s |", f.name)
+			for _, base := range bases {
+				fmt.Fprintf(&out, " × %s |", base.called)
+			}
 		}
-		fmt.Fprintf(&out, "\n|---|---|%s\n", strings.Repeat("---|", 3*len(table.figures)))
+		fmt.Fprintf(&out, "\n|---|---|%s\n", strings.Repeat("---|", (1+len(bases))*len(table.figures)))
 		for _, family := range families {
 			for _, subject := range b.subjects {
 				fmt.Fprintf(&out, "| %s | %s |", family, subject)
 				for _, f := range table.figures {
 					rounds := column(all[key{subject, family}], f.of)
 					fmt.Fprintf(&out, " %s |", spread(rounds))
-					for _, base := range subjects[:2] {
-						fmt.Fprintf(&out, " %s |", ratio(rounds, column(all[key{base, family}], f.of)))
+					for _, base := range bases {
+						fmt.Fprintf(&out, " %s |", ratio(rounds, column(all[key{base.subject, family}], f.of)))
 					}
 				}
 				out.WriteByte('\n')

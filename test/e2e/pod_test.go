@@ -17,10 +17,11 @@ import (
 // The addresses of every pod and of the world outside it.
 const (
 	pod4, pod6       = "10.77.0.2", "fd77::2"
-	second4, second6 = "10.77.0.3", "fd77::3" // of the pod, not chosen by itself
-	client4, client6 = "10.77.0.1", "fd77::1" // of the world, on the pod's link
-	server4, server6 = "10.99.0.1", "fd99::1" // of the world, behind it
-	nobody4, nobody6 = "10.98.0.1", "fd98::1" // routed to the world, which drops it: a black hole
+	second4, second6 = "10.77.0.3", "fd77::3"     // of the pod, not chosen by itself
+	client4, client6 = "10.77.0.1", "fd77::1"     // of the world, on the pod's link
+	server4, server6 = "10.99.0.1", "fd99::1"     // of the world, behind it
+	nobody4, nobody6 = "10.98.0.1", "fd98::1"     // routed to the world, which drops it: a black hole
+	absent4, absent6 = "10.77.0.200", "fd77::200" // on the pod's own link, but not there
 )
 
 // pod is a network namespace as a pod has one, with a captured cgroup, and the world outside, joined to it by one link.

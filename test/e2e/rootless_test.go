@@ -41,6 +41,13 @@ func (s *session) inside(t *testing.T, flags ...string) *testnet.Agent {
 	return a
 }
 
+// askNeighboursOften makes it known soon that a neighbour is not there: three questions go unanswered before.
+func (s *session) askNeighboursOften() {
+	for _, family := range []string{"ipv4", "ipv6"} {
+		s.ns.Sysctl("net."+family+".neigh.eth0.retrans_time_ms", "100")
+	}
+}
+
 // TestRootlessAddresses: each end sees the truth, over every kind of socket, and at other addresses of the host.
 func TestRootlessAddresses(t *testing.T) {
 	t.Parallel()
@@ -94,21 +101,36 @@ func TestRootlessCarriesAll(t *testing.T) {
 	}
 }
 
-// TestRootlessRefusals: whom nobody can reach is told as it would be by the root backends.
+// TestRootlessRefusals: whom nobody can reach is told as it would be by the root backends, and so is the user.
 func TestRootlessRefusals(t *testing.T) {
 	t.Parallel()
-	s := newRootless(t)
-	for _, w := range s.outs() {
-		t.Run(w.name+"/refused", func(t *testing.T) {
-			c, err := w.dial(netip.AddrPortFrom(w.to, 1))
-			if err == nil {
-				_, err = c.Read(make([]byte, 1))
-				c.Close()
-			}
-			if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("%v, want ECONNREFUSED or ECONNRESET", err)
-			}
-		})
+	s := newSession(t)
+	s.user = ordinary
+	s.ext.Blackhole(nobody4+"/32", nobody6+"/128")
+	s.askNeighboursOften()
+	cmd, said := s.raw([]string{"--backend", "rootless", "--follow", "--connect-timeout", "2s"}, selfPath), &testnet.Lines{}
+	cmd.Stderr = said
+	s.app = s.ns.AgentThrough(cmd)
+	for name, c := range map[string]struct{ to4, to6, reason string }{
+		"refused":     {server4 + ":1", "[" + server6 + "]:1", "upstream_connect_refused"},
+		"unreachable": {absent4 + ":80", "[" + absent6 + "]:80", "upstream_unreachable"},
+		"black hole":  {nobody4 + ":80", "[" + nobody6 + "]:80", "upstream_connect_timeout"},
+	} {
+		for family, d := range map[string]testnet.Dial{"v4": {To: c.to4}, "v6": {To: c.to6}, "mapped": {To: c.to4, Mapped: true}} {
+			t.Run(name+"/"+family, func(t *testing.T) {
+				conn, err := s.app.Dial(d)
+				if err == nil {
+					_, err = conn.Read(make([]byte, 1))
+					conn.Close()
+				}
+				if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("%v, want ECONNREFUSED or ECONNRESET", err)
+				}
+				said.Wait(t, "it is told why", func(line string) bool {
+					return strings.Contains(line, " -> "+d.To+" closed: "+c.reason+",")
+				})
+			})
+		}
 	}
 	must(t, "ip", run(t, s.ns.Command(nil, "ip", "-6", "route", "del", "default")))
 	s.app = s.inside(t)
@@ -191,7 +213,8 @@ func TestRootlessDatagrams(t *testing.T) {
 func TestRootlessNobodyThere(t *testing.T) {
 	t.Parallel()
 	s := newRootless(t)
-	for _, host := range []string{"10.77.0.200", "fd77::200"} { // on the pod's own link
+	s.askNeighboursOften()
+	for _, host := range []string{absent4, absent6} {
 		t.Run(host, func(t *testing.T) {
 			if answer, err := udpOp.Call(s.app, net.JoinHostPort(host, "53")); !errors.Is(err, syscall.EHOSTUNREACH) {
 				t.Errorf("%q, %v; want EHOSTUNREACH", answer, err)
