@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-pods test test-vm test-pods soak bench lint fmt generate image deps clean
+.PHONY: help build demo demo-pods test test-vm test-pods test-programs soak bench lint fmt generate image deps clean
 
 # sudo hides the usual place of Go.
 export PATH := $(PATH):/usr/local/go/bin
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## bin/pillion, one static binary
 	@scripts/deps.sh build
@@ -27,6 +27,9 @@ test-vm: ## what kernels decide, on 5.10, 6.1, 6.12 and the newest, in virtual m
 
 test-pods: ## real pods on those kernels, in virtual machines (qemu, podman; root)
 	@scripts/vm-pods.sh
+
+test-programs: ## other people's programs by pillion run of a user without rights, on those kernels, in virtual machines (qemu)
+	@scripts/vm-programs.sh
 
 soak: ## ten minutes of everything at random, with checked invariants (root)
 	@scripts/soak.sh

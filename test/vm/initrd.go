@@ -39,7 +39,7 @@ var nodeSkips = []string{
 
 // accounts are users that every node has, and one that is nobody's.
 const (
-	passwd = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\nuser:x:1000:1000::/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
+	passwd = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\nuser:x:1000:1000::/tmp:/bin/sh\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
 	groups = "root:x:0:\ndaemon:x:1:\nuser:x:1000:\nnogroup:x:65534:\n"
 	hosts  = "127.0.0.1 localhost\n::1 localhost\n"
 )
