@@ -29,7 +29,7 @@ const (
 	// idle ends a flow on which nothing has passed (RFC 4787 §4.3 wants two minutes at least; a question and its answer, as of DNS,
 	// are done long before).
 	idle     = 2 * time.Minute
-	idleOnce = 30 * time.Second // after a single answer
+	idleOnce = 30 * time.Second // after a single answer, or a refusal
 	// maxFlows bounds the flows of a relay: each has two descriptors. A new one ends the one that has been idle for longest.
 	maxFlows = 4096
 	// maxDatagram is more than a datagram of either family can carry without jumbograms (RFC 768, RFC 2675).
@@ -381,7 +381,7 @@ func (f *flow) touch() { f.used.Store(time.Now().UnixNano()) }
 // left is how long the flow may still be idle.
 func (f *flow) left() time.Duration {
 	most := idle
-	if f.answered.Load() == 1 {
+	if f.answered.Load() == 1 || f.refusal.Load() != nil {
 		most = idleOnce
 	}
 	return most - time.Since(time.Unix(0, f.used.Load()))
