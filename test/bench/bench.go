@@ -29,7 +29,7 @@ type bench struct {
 var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns"}
 
 // bases are the subjects by which the others are divided, and how that is called.
-var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"slirp4netns", "slirp"}}
+var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"pillion", "pillion"}, {"slirp4netns", "slirp"}}
 
 var families = []string{"IPv4", "IPv6"}
 
@@ -38,10 +38,12 @@ type key struct{ subject, family string }
 
 // result is what one round says about a key.
 type result struct {
-	one  sample  // one connection at a time
-	many sample  // several at a time
-	bulk sample  // one connection, much at once
-	cpu  float64 // microseconds of the sidecar's CPU time for each connection of `many`; 0 without a sidecar
+	one  sample // one connection at a time
+	many sample // several at a time
+	bulk sample // one connection, much at once
+	// The sidecar's CPU time; 0 without a sidecar.
+	cpu     float64 // for each connection of `many`, in microseconds
+	bulkCPU float64 // for each gigabyte of `bulk`, in milliseconds
 }
 
 // results has one entry for each round.
@@ -88,23 +90,34 @@ func (b bench) round(ctx context.Context, h *host, family string) (r result, err
 	if r.one, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", "1"); err != nil {
 		return r, err
 	}
-	if r.bulk, err = h.client(ctx, family, "-bulk", strconv.FormatInt(b.bulk, 10)); err != nil {
-		return r, err
-	}
-	before, err := h.cpu()
+	spent, err := h.spends(func() (err error) {
+		r.bulk, err = h.client(ctx, family, "-bulk", strconv.FormatInt(b.bulk, 10))
+		return err
+	})
 	if err != nil {
 		return r, err
 	}
-	if r.many, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", strconv.Itoa(b.parallel)); err != nil {
-		return r, err
+	r.bulkCPU = spent.Seconds() * 1e3 / (float64(b.bulk) / 1e9)
+	spent, err = h.spends(func() (err error) {
+		r.many, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", strconv.Itoa(b.parallel))
+		return err
+	})
+	r.cpu = spent.Seconds() * 1e6 / float64(b.connections)
+	return r, err
+}
+
+// spends is the CPU time that the sidecar spends meanwhile.
+func (h *host) spends(meanwhile func() error) (time.Duration, error) {
+	before, err := h.cpu()
+	if err != nil {
+		return 0, err
+	}
+	if err := meanwhile(); err != nil {
+		return 0, err
 	}
 	time.Sleep(50 * time.Millisecond) // the sidecar's share of the last closes
 	after, err := h.cpu()
-	if err != nil {
-		return r, err
-	}
-	r.cpu = float64((after-before)/time.Nanosecond) / 1e3 / float64(b.connections)
-	return r, nil
+	return after - before, err
 }
 
 // client runs the client in the app's cgroup and namespace.

@@ -36,7 +36,7 @@ type host struct {
 	netns   string            // its name
 	cgroup  string            // its path
 	server  map[string]string // the server's address as seen from here, by family; in brackets where IPv6
-	sidecar *exec.Cmd         // nil where there is none, or one for each client
+	sidecar *exec.Cmd         // what carries; nil where nothing does
 	through []string          // what starts a client
 	carried bool              // it comes by a sidecar
 	log     string            // what the sidecar prints
@@ -148,19 +148,51 @@ func (l *lab) prepare(ctx context.Context, subject string) error {
 		}
 		return h.capture(ctx)
 	case "rootless":
-		h.carried = true
-		h.through = []string{
-			"setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all",
-			l.pillion, "run", "--backend", "rootless", "--report", "none", "--",
-		}
+		return h.startRootless(ctx)
 	case "slirp4netns":
 		return h.startSlirp(ctx)
 	}
 	return nil
 }
 
-// nobody is a user without rights.
-const nobody = "65534"
+// startRootless has a user without rights run a command that does nothing; the clients go into its namespaces.
+func (h *host) startRootless(ctx context.Context) (err error) {
+	const nobody = "65534"
+	h.carried = true
+	h.sidecar, err = h.start(h.command(ctx, "", "setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all",
+		h.lab.pillion, "run", "--backend", "rootless", "--report", "none", "--", "sh", "-c", "echo ready; exec sleep 100000"), true)
+	if err != nil {
+		return err
+	}
+	pid := h.sidecar.Process.Pid
+	for _, what := range []string{"keeper", "command"} {
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+		if err != nil {
+			return err
+		}
+		var children []string
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			children = append(children, strings.Fields(string(text))...)
+		}
+		if len(children) != 1 {
+			return fmt.Errorf("find the %s of `pillion run`: the processes below %d are %q", what, pid, children)
+		}
+		if pid, err = strconv.Atoi(children[0]); err != nil {
+			return err
+		}
+	}
+	h.enter(pid)
+	return nil
+}
+
+// enter has the clients run in the user and network namespace of a process.
+func (h *host) enter(pid int) {
+	h.through = []string{"nsenter", "--user", "--net", "--preserve-credentials", "--target", strconv.Itoa(pid)}
+}
 
 // startSlirp makes a user and a network namespace, and a stack in user space between it and the host's.
 func (h *host) startSlirp(ctx context.Context) error {
@@ -168,16 +200,15 @@ func (h *host) startSlirp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	pid := strconv.Itoa(inner.Process.Pid)
 	ready, readyWriter, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer ready.Close()
 	// As podman starts it; with the largest packets, which it carries best.
-	slirp := h.command(ctx, "", "slirp4netns", "--configure", "--mtu=65520", "--enable-ipv6", "--ready-fd=3", pid, "tap0")
+	slirp := h.command(ctx, "", "slirp4netns", "--configure", "--mtu=65520", "--enable-ipv6", "--ready-fd=3", strconv.Itoa(inner.Process.Pid), "tap0")
 	slirp.ExtraFiles = []*os.File{readyWriter}
-	_, err = h.start(slirp, false)
+	h.sidecar, err = h.start(slirp, false)
 	_ = readyWriter.Close()
 	if err != nil {
 		return err
@@ -186,7 +217,7 @@ func (h *host) startSlirp(ctx context.Context) error {
 		text, _ := os.ReadFile(h.log)
 		return fmt.Errorf("slirp4netns did not become ready: %w\n%s", err, text)
 	}
-	h.through = []string{"nsenter", "--user", "--net", "--preserve-credentials", "--target", pid}
+	h.enter(inner.Process.Pid)
 	return nil
 }
 

@@ -12,7 +12,7 @@
 //
 // What always holds: each subject has a network namespace of its own, joined to one server, so that nothing is rebuilt
 // between rounds; no source port is used twice in one; a figure is never read alone but as a ratio to `direct`,
-// `redirect+relay` or `slirp4netns` of the same round; and namespaces, cgroups and processes go when the run ends.
+// `redirect+relay`, `pillion` or `slirp4netns` of the same round; and namespaces, cgroups and processes go when the run ends.
 package main
 
 import (

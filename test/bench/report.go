@@ -39,6 +39,7 @@ func (b bench) report(w io.Writer, all results) error {
 		}},
 		{fmt.Sprintf("%d MB over one connection", b.bulk/1e6), []figure{
 			{"MB/s", func(r result) float64 { return r.bulk.Bulk }},
+			{"sidecar CPU, ms/GB", func(r result) float64 { return r.bulkCPU }},
 		}},
 	} {
 		fmt.Fprintf(&out, "\n### %s\n\n| family | subject |", table.title)
