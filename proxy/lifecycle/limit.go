@@ -4,9 +4,9 @@ package lifecycle
 
 import "golang.org/x/sys/unix"
 
-// reserve is how many descriptors are not for connections: listeners, metrics and admin clients, the logs, the runtime's
+// reserve is how many descriptors are not for connections: listeners, metrics and admin clients, the logs, pipes, the runtime's
 // epoll, and those needed to accept a connection only to reset it.
-const reserve = 64
+const reserve = 96
 
 // ConnectionLimit is how many connections a server may have: asked, or, if that is 0 or more than fits, as many as fit into
 // the process's descriptor limit at two descriptors each. In the last case warning says so.

@@ -3,9 +3,11 @@
 // Package tcp relays a connection without looking at what is in it.
 //
 // What always holds: each byte is passed on once and in order, urgent data as urgent data; the end of one stream is passed
-// on as the end of that stream alone; whatever else ends one side, by reset or by silence, resets the other; a side that is
-// not read from is not written to by more than one buffer; and when Relay returns, both connections are closed and no
-// goroutine of it is left.
+// on as the end of that stream alone; whatever else ends one side, by reset or by silence, resets the other; of a side that
+// does not take what it is sent, one buffer or one pipe is held and no more is read; and when Relay returns, both connections
+// are closed and no goroutine of it is left.
+//
+// What comes in small pieces is copied by way of a buffer; what comes in bulk stays in the kernel, as splice(2) moves it.
 package tcp
 
 import (
@@ -21,6 +23,9 @@ type Source interface {
 	// urgent data.
 	Recv() (data []byte, urgent bool, err error)
 	Release()
+	WaitInput() error // until Recv would not wait
+	// SpliceTo moves input that is there to a pipe, without waiting. Nothing: Recv tells why.
+	SpliceTo(pipe, size int) (int, error)
 	// Watch calls gone, at most once, if the connection is reset while nobody is in Recv. stop waits until the watch is over.
 	Watch(gone func(error)) (stop func())
 }
@@ -29,6 +34,8 @@ type Source interface {
 type Sink interface {
 	TrySend(data []byte, urgent bool) (int, error) // what goes without waiting
 	Send(data []byte, urgent bool) (int, error)    // all of it
+	TrySplice(pipe, size int) (int, error)         // of what is in a pipe, what goes without waiting
+	Splice(pipe, size int) (int, error)            // all of it
 	CloseWrite() error
 }
 
@@ -132,7 +139,7 @@ func (r *relay) failure() error {
 
 // pump passes on one direction until its end. side is whose stream it is.
 func (r *relay) pump(side Side, from Source, to Sink, passed *atomic.Uint64) {
-	for {
+	for full := 0; ; {
 		data, urgent, err := from.Recv()
 		if err == io.EOF {
 			break
@@ -141,11 +148,23 @@ func (r *relay) pump(side Side, from Source, to Sink, passed *atomic.Uint64) {
 			r.fail(&Error{Side: side, Err: err})
 			return
 		}
+		piece := len(data)
 		n, err := r.send(side, from, to, data, urgent)
 		from.Release()
 		passed.Add(uint64(n))
 		if err != nil {
 			r.fail(&Error{Side: 1 - side, Sending: true, Err: err})
+			return
+		}
+		if full++; piece < bulkPiece {
+			full = 0
+		}
+		if full < 2 {
+			continue
+		}
+		full = 0
+		if err := r.splice(side, from, to, passed); err != nil {
+			r.fail(err)
 			return
 		}
 	}
@@ -154,7 +173,7 @@ func (r *relay) pump(side Side, from Source, to Sink, passed *atomic.Uint64) {
 		return
 	}
 	// Nobody reads this side any more, but it may still reset the connection while the other stream goes on.
-	r.watches[side] = from.Watch(func(err error) { r.fail(&Error{Side: side, Err: err}) })
+	r.watches[side] = r.watch(side, from)
 }
 
 // send waits until the data is taken. Meanwhile nobody reads the side that it came from, so that one is watched: were it
@@ -164,8 +183,70 @@ func (r *relay) send(side Side, from Source, to Sink, data []byte, urgent bool) 
 	if err != nil || n == len(data) {
 		return n, err
 	}
-	stop := from.Watch(func(err error) { r.fail(&Error{Side: side, Err: err}) })
+	stop := r.watch(side, from)
 	defer stop()
 	m, err := to.Send(data[n:], urgent)
+	return n + m, err
+}
+
+func (r *relay) watch(side Side, from Source) (stop func()) {
+	return from.Watch(func(err error) { r.fail(&Error{Side: side, Err: err}) })
+}
+
+const (
+	// bulkPiece is what a read returns if there is more than it takes: two of them in a row are bulk.
+	bulkPiece = 64 << 10
+	// bulkBurst is the least that comes at once as long as it is bulk; what is less is as well copied.
+	bulkBurst = 128 << 10
+)
+
+// splice passes on bulk until it is none any more: until less than a burst came before we had to wait. The rest, be it the end, is
+// for pump to receive.
+func (r *relay) splice(side Side, from Source, to Sink, passed *atomic.Uint64) *Error {
+	for {
+		burst, err := r.spliceBurst(side, from, to, passed)
+		if err != nil || burst < bulkBurst {
+			return err
+		}
+		if err := from.WaitInput(); err != nil {
+			return &Error{Side: side, Err: err}
+		}
+	}
+}
+
+// spliceBurst passes on what is there without waiting for more, by a pipe that it holds only for as long.
+func (r *relay) spliceBurst(side Side, from Source, to Sink, passed *atomic.Uint64) (burst int, _ *Error) {
+	p := pipes.take()
+	if p == nil {
+		return 0, nil
+	}
+	in := 0 // the pipe
+	defer func() { pipes.give(p, in == 0) }()
+	for {
+		var err error
+		if in, err = from.SpliceTo(p.in, pipeSize); err != nil {
+			return burst, &Error{Side: side, Err: err}
+		}
+		if in == 0 {
+			return burst, nil
+		}
+		burst += in
+		n, err := r.sendPipe(side, from, to, p, in)
+		passed.Add(uint64(n))
+		if in -= n; err != nil {
+			return burst, &Error{Side: 1 - side, Sending: true, Err: err}
+		}
+	}
+}
+
+// sendPipe is send for what is in a pipe.
+func (r *relay) sendPipe(side Side, from Source, to Sink, p *pipe, size int) (int, error) {
+	n, err := to.TrySplice(p.out, size)
+	if err != nil || n == size {
+		return n, err
+	}
+	stop := r.watch(side, from)
+	defer stop()
+	m, err := to.Splice(p.out, size-n)
 	return n + m, err
 }
