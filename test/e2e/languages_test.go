@@ -119,8 +119,10 @@ func goModules(t *testing.T, offered string) func(*testing.T, host, string, stri
 		cache := programDir(t)
 		proxy := "http://" + net.JoinHostPort(address, fmt.Sprint(httpPort))
 		// Nothing of the host's: its cache, its settings, or a module that it works in.
-		h.client(t, []string{fmt.Sprintf("m%d@v1.0.0", modules-1)}, "env", append([]string{"-C", cache, "-u", "GOFLAGS", "HOME=" + cache, "GOPATH=" + cache, "GOENV=off", "GOTOOLCHAIN=local",
-			"GOPROXY=" + proxy, "GONOSUMDB=*", "GOINSECURE=*", program, "mod", "download", "-json", "-modcacherw"}, wanted...)...)
+		h.client(t, []string{fmt.Sprintf("m%d@v1.0.0", modules-1)}, "env", append([]string{
+			"-C", cache, "-u", "GOFLAGS", "HOME=" + cache, "GOPATH=" + cache, "GOENV=off", "GOTOOLCHAIN=local",
+			"GOPROXY=" + proxy, "GONOSUMDB=*", "GOINSECURE=*", program, "mod", "download", "-json", "-modcacherw",
+		}, wanted...)...)
 	}
 }
 
