@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bufferSize is how much is read at once, and all that the proxy itself ever holds of one direction of a connection.
+// bufferSize is how much is read at once, and all that this process holds of a direction; in bulk a pipe holds more, in the kernel.
 const bufferSize = 64 << 10
 
 // buffers lends read buffers to the connections that have input just now. A connection that waits holds none.
