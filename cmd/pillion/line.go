@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -70,7 +71,7 @@ func (l *line) send(message any, files []*os.File) error {
 func (l *line) receive(message any) (files []*os.File, err error) {
 	b, rights := make([]byte, packetBytes), make([]byte, unix.CmsgSpace(4*lineFiles))
 	n, rn, _, _, err := l.ReadMsgUnix(b, rights)
-	if err == nil && n == 0 {
+	if err == nil && n == 0 || errors.Is(err, unix.ECONNRESET) { // it ended, or was killed with something unread
 		err = io.EOF
 	}
 	if err != nil {

@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
@@ -287,12 +285,6 @@ func ssh(t *testing.T) service {
 	return service{
 		port: 2222,
 		start: func(t *testing.T, h host, dir string) {
-			switch err := os.Mkdir("/run/sshd", 0o755); { // the name is compiled into sshd
-			case err == nil:
-				t.Cleanup(func() { os.Remove("/run/sshd") })
-			case !errors.Is(err, fs.ErrExist):
-				t.Fatal(err)
-			}
 			writeFile(t, dir+"/sshd_config", `
 Port 2222
 HostKey `+keys+`/host
@@ -304,7 +296,9 @@ UsePAM yes
 PidFile none
 UseDNS no
 `)
-			h.serve(t, nil, server, "-D", "-e", "-f", dir+"/sshd_config")
+			// It wants a directory whose name is compiled in: here is one of its own.
+			h.serve(t, nil, "unshare", "--mount", "sh", "-c", `mount -t tmpfs run /run && mkdir -m 755 /run/sshd && exec "$0" "$@"`,
+				server, "-D", "-e", "-f", dir+"/sshd_config")
 		},
 		use: func(t *testing.T, h host, _, address string) (int64, int64) {
 			me := map[string]string{server4: pod4, server6: pod6, pod4: client4, pod6: client6}[address]
