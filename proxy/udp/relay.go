@@ -29,7 +29,7 @@ const (
 	// idle ends a flow on which nothing has passed (RFC 4787 §4.3 wants two minutes at least; a question and its answer, as of DNS,
 	// are done long before).
 	idle     = 2 * time.Minute
-	idleOnce = 30 * time.Second // after a single answer, or a refusal
+	idleOnce = 30 * time.Second // after a single answer, or refusals alone
 	// maxFlows bounds the flows of a relay: each has two descriptors. A new one ends the one that has been idle for longest.
 	maxFlows = 4096
 	// maxDatagram is more than a datagram of either family can carry without jumbograms (RFC 768, RFC 2675).
@@ -69,9 +69,9 @@ type flow struct {
 	out      *net.UDPConn // towards whom the client meant
 	back     *net.UDPConn // towards the client
 	record   *telemetry.Record
-	used     atomic.Int64 // when something passed, in Unix nanoseconds
-	answered atomic.Int64 // how often something came back
-	refusal  atomic.Value // of the last datagram that was refused: a unix.Errno
+	used     atomic.Int64   // when something passed, in Unix nanoseconds
+	answered atomic.Int64   // how often something came back
+	refusal  atomic.Uintptr // of the last datagram that was refused, a unix.Errno; 0: none was
 	evicted  atomic.Bool
 }
 
@@ -152,7 +152,9 @@ func (r *Relay) receive(l *net.UDPConn) {
 		f, err := r.flow(k)
 		if err != nil {
 			r.book.Open(telemetry.UDP, telemetry.Outbound, k.client, k.meant).Close(reason(err), err)
-			r.refuse(k, err)
+			if errno, ok := refusal(err); ok {
+				r.side.Refuse(meant, k.client, errno)
+			}
 			continue
 		}
 		r.send(f, b[:n])
@@ -234,8 +236,7 @@ func (r *Relay) carry(f *flow) {
 	answers.Go(func() { r.answers(f) })
 	r.questions(f)
 	answers.Wait()
-	refused, _ := f.refusal.Load().(unix.Errno)
-	switch {
+	switch refused := unix.Errno(f.refusal.Load()); {
 	case f.evicted.Load():
 		f.record.Close(telemetry.ConnectionLimit, errEvicted)
 	case refused != 0 && f.answered.Load() == 0:
@@ -247,10 +248,10 @@ func (r *Relay) carry(f *flow) {
 
 // reason classifies why a datagram was not carried.
 func reason(err error) telemetry.Reason {
-	switch {
-	case errors.Is(err, unix.ECONNREFUSED):
+	switch errno, refused := refusal(err); {
+	case errno == unix.ECONNREFUSED:
 		return telemetry.UpstreamConnectRefused
-	case isRefusal(err):
+	case refused:
 		return telemetry.UpstreamUnreachable
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
 		return telemetry.ConnectionLimit
@@ -300,12 +301,18 @@ func (r *Relay) send(f *flow, b []byte) {
 // after that the socket tells again.
 func (r *Relay) refused(f *flow, err error) bool {
 	forget(f.out)
-	if !r.refuse(f.key, err) {
-		return false
+	errno, ok := refusal(err)
+	if ok {
+		r.side.Refuse(f.meant, f.client, errno)
+		f.refusal.Store(uintptr(errno))
 	}
-	errno, _ := errors.AsType[unix.Errno](err)
-	f.refusal.Store(errno)
-	return true
+	return ok
+}
+
+// refusal is the error number of an error that says that nobody takes a datagram.
+func refusal(err error) (unix.Errno, bool) {
+	errno, ok := errors.AsType[unix.Errno](err)
+	return errno, ok && slices.Contains([]unix.Errno{unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EACCES}, errno)
 }
 
 // forget drops the reports of errors, which else fill the room of datagrams (MSG_ERRQUEUE in recv(2)).
@@ -360,28 +367,12 @@ func readOnce(raw syscall.RawConn, then func([]byte)) error {
 	return errors.Join(err, failed)
 }
 
-// refuse passes on that a datagram was refused, if that is what the error says.
-func (r *Relay) refuse(k key, err error) bool {
-	if !isRefusal(err) {
-		return false
-	}
-	errno, _ := errors.AsType[unix.Errno](err)
-	r.side.Refuse(k.meant, k.client, errno)
-	return true
-}
-
-// isRefusal reports whether an error says that nobody takes the datagram.
-func isRefusal(err error) bool {
-	errno, ok := errors.AsType[unix.Errno](err)
-	return ok && slices.Contains([]unix.Errno{unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EACCES}, errno)
-}
-
 func (f *flow) touch() { f.used.Store(time.Now().UnixNano()) }
 
 // left is how long the flow may still be idle.
 func (f *flow) left() time.Duration {
 	most := idle
-	if f.answered.Load() == 1 || f.refusal.Load() != nil {
+	if n := f.answered.Load(); n == 1 || n == 0 && f.refusal.Load() != 0 {
 		most = idleOnce
 	}
 	return most - time.Since(time.Unix(0, f.used.Load()))

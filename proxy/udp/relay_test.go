@@ -18,8 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// side is one whose clients are on this host: its answers come from a port of its own.
-// It observes the flows, too.
+// side is one whose clients are on this host: its answers come from a port of its own. It observes the flows, too.
 type side struct {
 	told   chan unix.Errno
 	closed chan telemetry.Connection
@@ -205,6 +204,29 @@ func TestBook(t *testing.T) {
 				t.Errorf("%+v, want %s, %q, %v", got, c.reason, c.error, c.bytes)
 			}
 		})
+	}
+}
+
+// TestIdle: a flow that asked once is not kept as long as one on which more was said.
+func TestIdle(t *testing.T) {
+	for _, tt := range []struct {
+		answered int64
+		refusal  unix.Errno
+		want     time.Duration
+	}{
+		{0, 0, idle},
+		{1, 0, idleOnce},
+		{2, 0, idle},
+		{0, unix.ECONNREFUSED, idleOnce},
+		{2, unix.EHOSTUNREACH, idle}, // a refusal on the way, as when a route is changed
+	} {
+		f := &flow{}
+		f.answered.Store(tt.answered)
+		f.refusal.Store(uintptr(tt.refusal))
+		f.touch()
+		if got := f.left(); got > tt.want || got < tt.want-idleOnce/2 {
+			t.Errorf("%d answers, %v: %s are left, want %s", tt.answered, tt.refusal, got, tt.want)
+		}
 	}
 }
 
