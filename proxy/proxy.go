@@ -89,13 +89,9 @@ func Listen(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, doubt: make(chan suspect, 1), cut: make(chan struct{})}
 	s.carrying, s.abort = context.WithCancel(context.Background())
 	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
-	err := s.listen()
-	if datagrams, uerr := udp.New(cfg.Datagrams.Listeners, cfg.Datagrams.Side, s.book); uerr != nil {
-		err = errors.Join(err, uerr)
-	} else {
-		s.datagrams = datagrams
-	}
-	if err != nil {
+	datagrams, err := udp.New(cfg.Datagrams.Listeners, cfg.Datagrams.Side, s.book)
+	s.datagrams = datagrams
+	if err := errors.Join(err, s.listen()); err != nil {
 		s.closeListeners()
 		return nil, err
 	}

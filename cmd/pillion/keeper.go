@@ -244,13 +244,14 @@ const lookForListeners = 100 * time.Millisecond
 
 // tellListening tells the proxy on what the command listens, whenever that changes, until we end.
 func (k *keeper) tellListening() {
-	told := []openPort{}
+	var told []openPort
 	for ; ; time.Sleep(lookForListeners) {
 		now := openPorts(redirect.ListeningSockets(), rootlessPorts.TCP)
 		if slices.Equal(now, told) {
 			continue
 		}
-		if err := k.line.send(keepReply{Listening: append([]openPort{}, now...)}, nil); err != nil {
+		news := append([]openPort{}, now...) // none is news, too, but no news is nil
+		if err := k.line.send(keepReply{Listening: news}, nil); err != nil {
 			return // the proxy is gone
 		}
 		told = now

@@ -25,10 +25,9 @@ type kept struct {
 	ended   chan struct{} // closed when the process is no more
 	asking  sync.Mutex    // one question at a time
 	answers chan answer
-	over    chan keepReply // the command has ended
-	gone    chan struct{}  // closed when the keeper says nothing more
-
-	listening func([]openPort) // told on what the command listens; set before it starts
+	news    chan []openPort // on what the command listens now
+	over    chan keepReply  // the command has ended
+	gone    chan struct{}   // closed when the keeper says nothing more
 }
 
 type answer struct {
@@ -62,7 +61,7 @@ func keep(e *env, asRoot bool) (*kept, error) {
 			Pdeathsig:   syscall.SIGKILL, // the keeper notices by itself, too, when its line ends
 		},
 	}
-	k := &kept{cmd: cmd, line: ours, ended: make(chan struct{}), answers: make(chan answer), over: make(chan keepReply, 1), gone: make(chan struct{})}
+	k := &kept{cmd: cmd, line: ours, ended: make(chan struct{}), answers: make(chan answer), news: make(chan []openPort), over: make(chan keepReply, 1), gone: make(chan struct{})}
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // Pdeathsig is of this thread
@@ -93,15 +92,17 @@ func (k *kept) listen() {
 		switch {
 		case r.Ended:
 			k.over <- r
-			continue
 		case r.Listening != nil:
-			k.listening(r.Listening)
-			continue
-		}
-		select {
-		case k.answers <- answer{r, files}:
-		case <-k.ended:
-			closeAll(files)
+			select {
+			case k.news <- r.Listening:
+			case <-k.ended:
+			}
+		default:
+			select {
+			case k.answers <- answer{r, files}:
+			case <-k.ended:
+				closeAll(files)
+			}
 		}
 	}
 }
@@ -186,12 +187,18 @@ func (k *kept) Refuse(meant, client netip.AddrPort, why unix.Errno) {
 func (k *kept) run(s keepStart, listening func([]openPort)) (status, left int, err error) {
 	signals := catchSignals()
 	defer signals.stop()
-	k.listening = listening
 	if _, err := k.ask(keepRequest{Start: &s}); err != nil {
 		return 0, 0, err
 	}
 	signals.passTo(k.cmd.Process)
-	<-k.gone
+	for running := true; running; {
+		select {
+		case ports := <-k.news:
+			listening(ports)
+		case <-k.gone:
+			running = false
+		}
+	}
 	select {
 	case r := <-k.over:
 		return r.Status, r.Left, nil

@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/pillionproxy/pillion/proxy"
 	"github.com/pillionproxy/pillion/proxy/listen"
@@ -89,14 +88,15 @@ type publisher struct {
 
 	stops []func()              // of what the flags name
 	named map[uint16]bool       // ports of the command that they name
-	mu    sync.Mutex            // guards what follows
-	over  bool                  // nothing more is opened
 	own   map[openPort][]func() // stops of what the command was seen to listen on
+}
+
+func newPublisher(server *proxy.Server, kept *kept, stderr io.Writer) *publisher {
+	return &publisher{server: server, kept: kept, stderr: stderr, named: make(map[uint16]bool), own: make(map[openPort][]func())}
 }
 
 // open opens what the flags name.
 func (p *publisher) open(list publications) (err error) {
-	p.named = make(map[uint16]bool)
 	for _, one := range list {
 		var l *listen.Listener
 		if one.at.Addr().IsValid() {
@@ -113,13 +113,9 @@ func (p *publisher) open(list publications) (err error) {
 	return nil
 }
 
-// update is told on what the command listens now, for --publish-all.
+// update is told on what the command listens now, for --publish-all. A port that this host does not have to give is told of once,
+// and not tried again for as long as the command has it.
 func (p *publisher) update(now []openPort) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.over {
-		return
-	}
 	for port, stops := range p.own {
 		if !slices.Contains(now, port) {
 			delete(p.own, port)
@@ -160,9 +156,6 @@ func (p *publisher) add(port openPort) (stops []func()) {
 
 // close ends it all.
 func (p *publisher) close() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.over = true
 	callAll(p.stops)
 	for _, stops := range p.own {
 		callAll(stops)

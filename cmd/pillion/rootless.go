@@ -3,10 +3,8 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
-	"sync"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/proxy"
@@ -60,23 +58,16 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	if err != nil {
 		return err
 	}
-	serving, cancel := context.WithCancel(context.Background())
-	var carrying sync.WaitGroup
-	carrying.Go(func() {
-		if err := server.Serve(serving); err != nil {
-			log.Error("the sidecar ended", "error", err)
-		}
-	})
-	stop := sync.OnceFunc(func() { cancel(); carrying.Wait() })
+	stop := serveInside(server, log)
 	defer stop()
-	published := &publisher{server: server, kept: kept, stderr: e.stderr, own: make(map[openPort][]func())}
+	published := newPublisher(server, kept, e.stderr)
 	defer published.close()
 	if err := published.open(o.publish); err != nil {
 		return err
 	}
 
 	seen.begin()
-	status, left, err := kept.run(keepStart{Path: path, Args: args, Wait: o.waitAll, Listening: o.publishAll}, published.update)
+	status, left, err := kept.run(keepStart{Path: path, Args: args, Wait: o.waitAll, Listening: o.allPorts}, published.update)
 	published.close()
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
@@ -33,8 +34,7 @@ type runOptions struct {
 	mapRoot  bool
 	dryRun   bool
 	publish  publications
-	// every port of the command, too
-	publishAll bool
+	allPorts bool // of the command are published
 }
 
 func newRunCommand(e *env) *cobra.Command {
@@ -69,7 +69,7 @@ number if a signal ended it.`,
 			if o.backend.rootless(o) {
 				return runRootless(e, o, args, cmd.Flags())
 			}
-			if o.mapRoot || o.dryRun || len(o.publish) > 0 || o.publishAll {
+			if o.mapRoot || o.dryRun || len(o.publish) > 0 || o.allPorts {
 				return &config.Fault{
 					Err:  errors.New("--publish, --publish-all, --map-root and --dry-run are for the backend rootless"),
 					Hint: "leave it out: the command's listeners are this host's; or take --backend rootless",
@@ -100,7 +100,7 @@ number if a signal ended it.`,
 	f.BoolVar(&o.waitAll, "wait-all", false, "wait for the processes that the command leaves in the background")
 	f.Var(&o.backend, "backend", "how to capture; auto is ebpf where this process has the rights for it, else rootless")
 	f.Var(&o.publish, "publish", "rootless: let others connect to a port that the command listens on, at an address of this host (default: all), by this or another port")
-	f.BoolVar(&o.publishAll, "publish-all", false, "rootless: let programs of this host connect to every port that the command listens on, at this host's loopback addresses")
+	f.BoolVar(&o.allPorts, "publish-all", false, "rootless: let programs of this host connect to every port that the command listens on, at this host's loopback addresses")
 	f.BoolVar(&o.mapRoot, "map-root", false, "rootless: the command sees itself as root, with rights in its own namespaces alone")
 	f.BoolVar(&o.dryRun, "dry-run", false, "rootless: print what would be done, as commands, and do nothing")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "print what the sidecar says")
@@ -164,11 +164,10 @@ func runCommand(ctx context.Context, e *env, o runOptions, args []string) (err e
 
 // embedded is the sidecar inside this process.
 type embedded struct {
-	cfg     config.Proxy
-	log     *slog.Logger
-	seen    *recorder
-	cancel  context.CancelFunc
-	stopped chan struct{}
+	cfg  config.Proxy
+	log  *slog.Logger
+	seen *recorder
+	end  func() // drains and waits; nil before start
 }
 
 // start opens the listeners on free ports and begins to serve. It is called with the slot of the capture.
@@ -181,31 +180,35 @@ func (s *embedded) start(slot config.Slot) (config.Shared, error) {
 	if err != nil {
 		return config.Shared{}, err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	s.cancel, s.stopped = cancel, make(chan struct{})
-	go s.serve(ctx, server)
+	s.end = serveInside(server, s.log)
 	cfg.Listeners = server.Listeners()
 	return cfg.Shared, nil
+}
+
+// stop drains and waits. It may be called again, and where start was not.
+func (s *embedded) stop() {
+	if s.end != nil {
+		s.end()
+	}
 }
 
 // drainAfterCommand is how long connections may go on when every process of the command has ended: only what is in the
 // kernel's buffers is still under way.
 const drainAfterCommand = 2 * time.Second
 
-func (s *embedded) serve(ctx context.Context, server *proxy.Server) {
-	defer close(s.stopped)
-	if err := server.Serve(ctx); err != nil {
-		s.log.Error("the sidecar ended", "error", err)
+// serveInside serves in the background until stop is called, which drains and waits, and may be called again.
+func serveInside(server *proxy.Server, log *slog.Logger) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		if err := server.Serve(ctx); err != nil {
+			log.Error("the sidecar ended", "error", err)
+		}
+	})
+	return func() {
+		cancel()
+		serving.Wait()
 	}
-}
-
-// stop drains and waits. It may be called again, and where start was not.
-func (s *embedded) stop() {
-	if s.cancel == nil {
-		return
-	}
-	s.cancel()
-	<-s.stopped
 }
 
 // reportFormat is the flag --report.

@@ -156,10 +156,11 @@ func (r *relay) pump(side Side, from Source, to Sink, passed *atomic.Uint64) {
 			r.fail(&Error{Side: 1 - side, Sending: true, Err: err})
 			return
 		}
-		if full++; piece < bulkPiece {
+		if piece < bulkPiece {
 			full = 0
+			continue
 		}
-		if full < 2 {
+		if full++; full < 2 {
 			continue
 		}
 		full = 0
