@@ -82,6 +82,58 @@ func (s *sink) next(t *testing.T) telemetry.Connection {
 	return c
 }
 
+// TestListenThatFails closes what it was given.
+func TestListenThatFails(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for name, spoil := range map[string]func(*Config, *os.File){
+		"what is no socket for datagrams": func(cfg *Config, null *os.File) { cfg.Datagrams.Listeners = append(cfg.Datagrams.Listeners, null) },
+		"a port that is taken":            func(cfg *Config, _ *os.File) { cfg.Admin = netip.MustParseAddrPort(taken.Addr().String()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			outbound, err := listen.OpenAt(netip.MustParseAddrPort("127.0.0.1:0"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer udp.Close()
+			file, err := udp.File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			null, err := os.Open(os.DevNull)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg := testConfig()
+			cfg.Outbound, cfg.Datagrams.Listeners = outbound, []*os.File{file}
+			spoil(&cfg, null)
+			if s, err := Listen(cfg); err == nil {
+				s.Close()
+				t.Fatal("it does not fail")
+			}
+			_ = udp.Close() // ours; if the other is open, too, its port is still taken
+			again, err := net.ListenUDP("udp", udp.LocalAddr().(*net.UDPAddr))
+			if err != nil {
+				t.Errorf("the listener for datagrams is open: %v", err)
+			} else {
+				again.Close()
+			}
+			if c, err := net.Dial("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), outbound.Port()).String()); err == nil {
+				c.Close()
+				t.Error("the listener for connections is open")
+			}
+			_ = null.Close() // where Listen did not take it
+		})
+	}
+}
+
 // start serves until the test ends, or until stop, which returns when Serve has.
 func start(t *testing.T, cfg Config) (s *Server, seen *sink, stop func()) {
 	t.Helper()

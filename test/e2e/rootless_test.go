@@ -34,11 +34,25 @@ func newRootless(t *testing.T, flags ...string) *session {
 // inside starts an agent by `pillion run`.
 func (s *session) inside(t *testing.T, flags ...string) *testnet.Agent {
 	t.Helper()
-	a := s.ns.AgentThrough(s.raw(append([]string{"--backend", "rootless"}, flags...), selfPath))
+	a, _ := s.insideSaying(t, flags...)
+	return a
+}
+
+// insideSaying is inside with what pillion says, which is also shown if the test fails.
+func (s *session) insideSaying(t *testing.T, flags ...string) (*testnet.Agent, *testnet.Lines) {
+	t.Helper()
+	cmd, said := s.raw(append([]string{"--backend", "rootless"}, flags...), selfPath), &testnet.Lines{}
+	cmd.Stderr = said
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("pillion run said:\n%s", said)
+		}
+	})
+	a := s.ns.AgentThrough(cmd)
 	if _, err := a.Socket(syscall.AF_INET); err != nil { // it is there
 		t.Fatal(err)
 	}
-	return a
+	return a, said
 }
 
 // askNeighboursOften makes it known soon that a neighbour is not there: three questions go unanswered before.
@@ -108,9 +122,8 @@ func TestRootlessRefusals(t *testing.T) {
 	s.user = ordinary
 	s.ext.Blackhole(nobody4+"/32", nobody6+"/128")
 	s.askNeighboursOften()
-	cmd, said := s.raw([]string{"--backend", "rootless", "--follow", "--connect-timeout", "2s"}, selfPath), &testnet.Lines{}
-	cmd.Stderr = said
-	s.app = s.ns.AgentThrough(cmd)
+	app, said := s.insideSaying(t, "--follow", "--connect-timeout", "2s")
+	s.app = app
 	for name, c := range map[string]struct{ to4, to6, reason string }{
 		"refused":     {server4 + ":1", "[" + server6 + "]:1", "upstream_connect_refused"},
 		"unreachable": {absent4 + ":80", "[" + absent6 + "]:80", "upstream_unreachable"},
@@ -190,10 +203,13 @@ func TestRootlessWithoutIPv6(t *testing.T) {
 	carriesAll(t, s.outs()[:1])
 }
 
-// TestRootlessDatagrams: answers come from whom the command asked, and refusals at once.
+// TestRootlessDatagrams: answers come from whom the command asked, and refusals at once; each flow is reported.
 func TestRootlessDatagrams(t *testing.T) {
 	t.Parallel()
-	s := newRootless(t)
+	s := newSession(t)
+	s.user = ordinary
+	app, said := s.insideSaying(t, "--follow")
+	s.app = app
 	for _, host := range []string{server4, server6, pod4, "127.0.0.1"} {
 		t.Run(host, func(t *testing.T) {
 			for range 3 {
@@ -204,6 +220,9 @@ func TestRootlessDatagrams(t *testing.T) {
 			if answer, err := udpOp.Call(s.app, net.JoinHostPort(host, "1")); !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("%q, %v; want ECONNREFUSED", answer, err)
 			}
+			said.Wait(t, "the flow is reported", func(line string) bool {
+				return strings.Contains(line, " outbound udp ") && strings.HasSuffix(line, " -> "+net.JoinHostPort(host, "1")+" opened")
+			})
 		})
 	}
 }
@@ -280,9 +299,7 @@ func TestRootlessPublishesAll(t *testing.T) {
 	t.Parallel()
 	s := newSession(t)
 	s.user = ordinary
-	cmd, said := s.raw([]string{"--backend", "rootless", "--publish-all"}, selfPath), &testnet.Lines{}
-	cmd.Stderr = said
-	app := s.ns.AgentThrough(cmd)
+	app, said := s.insideSaying(t, "--publish-all")
 	s.ns.Serve("tcp", "127.0.0.1:7402", func(*net.TCPConn) {})
 	for addr, at := range map[string][]string{
 		"[::]:7400":    {"127.0.0.1:7400", "[::1]:7400"},
@@ -319,7 +336,6 @@ func TestRootlessPublishesAll(t *testing.T) {
 	} {
 		testnet.Wait(t, "it is said: "+want, func() bool { return strings.Contains(said.String(), want) })
 	}
-	t.Log(said.String())
 }
 
 // TestRootlessHasNoRights: the command is who it was, and may do no more than before.
