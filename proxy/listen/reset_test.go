@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -40,19 +41,34 @@ func loopback(t *testing.T) (far *net.TCPConn, near *Conn) {
 	return c.(*net.TCPConn), near
 }
 
+// pipeOf is the end to read from of a pipe with a content.
+func pipeOf(t *testing.T, content []byte) int {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	if _, err := w.Write(content); err != nil {
+		t.Fatal(err)
+	}
+	return int(r.Fd())
+}
+
 // TestResetThatASendWasToldOfIsNoEnd: the kernel tells of a reset once. When a send has been told, a read returns 0, as it
 // does at the end of a stream; were that passed on, the other side would take a cut stream for a whole one.
 func TestResetThatASendWasToldOfIsNoEnd(t *testing.T) {
-	for _, how := range []string{"TrySend", "Send"} {
+	for how, send := range map[string]func(*Conn, []byte) (int, error){
+		"TrySend":   func(c *Conn, data []byte) (int, error) { return c.TrySend(data, false) },
+		"Send":      func(c *Conn, data []byte) (int, error) { return c.Send(data, false) },
+		"TrySplice": func(c *Conn, data []byte) (int, error) { return c.TrySplice(pipeOf(t, data), len(data)) },
+		"Splice":    func(c *Conn, data []byte) (int, error) { return c.Splice(pipeOf(t, data), len(data)) },
+	} {
 		t.Run(how, func(t *testing.T) {
 			far, near := loopback(t)
 			_ = far.SetLinger(0)
 			far.Close()
-			send := near.TrySend
-			if how == "Send" {
-				send = near.Send
-			}
-			if n, err := send([]byte("x"), false); n != 0 || !errors.Is(err, unix.ECONNRESET) {
+			if n, err := send(near, []byte("x")); n != 0 || !errors.Is(err, unix.ECONNRESET) {
 				t.Fatalf("%s: %d, %v; want ECONNRESET", how, n, err)
 			}
 			if _, _, err := near.Recv(); !errors.Is(err, unix.ECONNRESET) {

@@ -129,7 +129,7 @@ func TestBulkWithoutPipe(t *testing.T) {
 	}
 }
 
-// TestResetOfBulk: the reset of either side reaches the other, with a pipe half full.
+// TestResetOfBulk: the reset of either side reaches the other, with a pipe half full; what is in the pipe comes to nobody else.
 func TestResetOfBulk(t *testing.T) {
 	noPipes(t)
 	for _, name := range []string{"sender", "receiver"} {
@@ -146,6 +146,12 @@ func TestResetOfBulk(t *testing.T) {
 			}
 			if _, err := io.Copy(io.Discard, other); !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("the other side read until %v; want ECONNRESET", err)
+			}
+			next, data := newLab(t), content(bulk)
+			send(t, next.client, data)
+			settle(t, "the next stream has a pipe", func() bool { return pipes() > 0 })
+			if err := arrives(next.server, data); err != nil {
+				t.Errorf("the next stream: %v", err)
 			}
 		})
 	}
