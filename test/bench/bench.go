@@ -26,10 +26,10 @@ type bench struct {
 }
 
 // subjects are compared in this order.
-var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns"}
+var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns", "slirp4netns-64k"}
 
 // bases are the subjects by which the others are divided, and how that is called.
-var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"pillion", "pillion"}, {"slirp4netns", "slirp"}}
+var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"pillion", "pillion"}, {"slirp4netns", "slirp"}, {"slirp4netns-64k", "slirp-64k"}}
 
 var families = []string{"IPv4", "IPv6"}
 

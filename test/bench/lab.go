@@ -151,6 +151,8 @@ func (l *lab) prepare(ctx context.Context, subject string) error {
 		return h.startRootless(ctx)
 	case "slirp4netns":
 		return h.startSlirp(ctx)
+	case "slirp4netns-64k":
+		return h.startSlirp(ctx, "--mtu=65520")
 	}
 	return nil
 }
@@ -195,7 +197,7 @@ func (h *host) enter(pid int) {
 }
 
 // startSlirp makes a user and a network namespace, and a stack in user space between it and the host's.
-func (h *host) startSlirp(ctx context.Context) error {
+func (h *host) startSlirp(ctx context.Context, flags ...string) error {
 	inner, err := h.start(h.command(ctx, "", "unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo ready; exec sleep 100000"), true)
 	if err != nil {
 		return err
@@ -205,8 +207,8 @@ func (h *host) startSlirp(ctx context.Context) error {
 		return err
 	}
 	defer ready.Close()
-	// As podman starts it; with the largest packets, which it carries best.
-	slirp := h.command(ctx, "", "slirp4netns", "--configure", "--mtu=65520", "--enable-ipv6", "--ready-fd=3", strconv.Itoa(inner.Process.Pid), "tap0")
+	args := append([]string{"slirp4netns", "--configure", "--enable-ipv6", "--ready-fd=3"}, flags...)
+	slirp := h.command(ctx, "", append(args, strconv.Itoa(inner.Process.Pid), "tap0")...)
 	slirp.ExtraFiles = []*os.File{readyWriter}
 	h.sidecar, err = h.start(slirp, false)
 	_ = readyWriter.Close()

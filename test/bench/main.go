@@ -8,11 +8,12 @@
 //	capture+relay    Pillion's capture and the same relay: what the capture itself costs
 //	pillion          Pillion's capture and `pillion proxy`
 //	rootless         `pillion run` of a user without rights
-//	slirp4netns      a network stack in user space, as rootless containers have it
+//	slirp4netns      a network stack in user space, as it starts by itself
+//	slirp4netns-64k  the same with the largest packets, which it carries best: as podman starts it
 //
 // What always holds: each subject has a network namespace of its own, joined to one server, so that nothing is rebuilt
 // between rounds; no source port is used twice in one; a figure is never read alone but as a ratio to `direct`,
-// `redirect+relay`, `pillion` or `slirp4netns` of the same round; and namespaces, cgroups and processes go when the run ends.
+// `redirect+relay`, `pillion` or the stacks in user space of the same round; and namespaces, cgroups and processes go when the run ends.
 package main
 
 import (
