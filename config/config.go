@@ -117,6 +117,7 @@ type Proxy struct {
 	Shared
 	Listen         Listen         `json:"listen"`
 	ConnectTimeout time.Duration  `json:"connect_timeout"` // of a dial, in place of the app's own
+	IdleTimeout    time.Duration  `json:"idle_timeout"`    // of a connection on which nothing is passed on; 0: none
 	DrainTimeout   time.Duration  `json:"drain_timeout"`   // how long SIGTERM waits for live connections
 	MaxConnections int            `json:"max_connections"` // 0: as many as the descriptor limit allows
 	Admin          netip.AddrPort `json:"admin"`           // loopback only; invalid (zero) value: none
@@ -148,6 +149,9 @@ func (p Proxy) Validate() error {
 	}
 	if p.ConnectTimeout <= 0 {
 		errs = append(errs, fmt.Errorf("--connect-timeout %s: must be positive", p.ConnectTimeout))
+	}
+	if p.IdleTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--idle-timeout %s: must not be negative (0: none)", p.IdleTimeout))
 	}
 	if p.DrainTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--drain-timeout %s: must not be negative", p.DrainTimeout))

@@ -23,13 +23,13 @@ func TestValidateReportsEveryProblem(t *testing.T) {
 	c.DialInbound = c.DialOutbound
 	c.ProxyUID = 0
 	p := DefaultProxy()
-	p.ConnectTimeout, p.DrainTimeout, p.MaxConnections = 0, -1, -1
+	p.ConnectTimeout, p.IdleTimeout, p.DrainTimeout, p.MaxConnections = 0, -1, -1, -1
 	p.Admin = netip.MustParseAddrPort("0.0.0.0:16000")
 	p.LogFormat, p.Listen = "xml", "everywhere"
 	got := errors.Join(c.Validate(), p.Validate()).Error()
 	for _, want := range []string{
 		"slot 8", "--inbound-port", "must differ", "contains the listener port 20000", "must not overlap", "--proxy-uid 0",
-		"--connect-timeout", "--drain-timeout", "--max-connections", "--admin 0.0.0.0:16000", `--log-format "xml"`, `--listen "everywhere"`,
+		"--connect-timeout", "--idle-timeout", "--drain-timeout", "--max-connections", "--admin 0.0.0.0:16000", `--log-format "xml"`, `--listen "everywhere"`,
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("%q is not reported in:\n%s", want, got)

@@ -124,34 +124,35 @@ func (s *Server) proveAgain(ctx context.Context, d suspect) error {
 	if !listen.IsOwn(d.source) {
 		return nil // in a client's name: the answers would go to that client
 	}
-	conn, captured, err := s.dialer.Probe(ctx, d.source, d.destination)
+	probe, err := s.dialer.Probe(ctx, s.loops, d.source, d.destination)
 	switch {
 	case errors.Is(err, upstream.ErrCaptured):
 		return upstream.ErrCaptured
 	case err != nil:
 		return nil // refused, unreachable or not answered: by whomever, not by us
 	}
-	defer conn.Abort()
+	defer probe.Close()
 	// Connected, but by our own kernel if it was captured, and not accepted yet. A listener accepts in the order in which it
 	// was connected to; so we connect to it, and when that is accepted, it is known of the other.
 	loopback := loopback4
 	if d.destination.Addr().Is6() {
 		loopback = loopback6
 	}
-	marker, accepted, err := s.dialer.Probe(ctx, loopback, netip.AddrPortFrom(loopback, s.outbound.Port()))
-	if marker != nil {
-		defer marker.Abort()
-	}
-	if err != nil && !errors.Is(err, upstream.ErrCaptured) {
+	marker, err := s.dialer.Probe(ctx, s.loops, loopback, netip.AddrPortFrom(loopback, s.outbound.Port()))
+	switch {
+	case errors.Is(err, upstream.ErrCaptured): // accepted already
+	case err != nil:
 		return fmt.Errorf("own dials could not be proven to pass uncaptured: dial the outbound listener: %w", err)
+	default:
+		defer marker.Close()
+		select {
+		case <-marker.Captured:
+		case <-ctx.Done():
+			return fmt.Errorf("own dials could not be proven to pass uncaptured: the outbound listener does not accept: %w", ctx.Err())
+		}
 	}
 	select {
-	case <-accepted:
-	case <-ctx.Done():
-		return fmt.Errorf("own dials could not be proven to pass uncaptured: the outbound listener does not accept: %w", ctx.Err())
-	}
-	select {
-	case <-captured:
+	case <-probe.Captured:
 		return upstream.ErrCaptured
 	default:
 		return nil
@@ -191,27 +192,25 @@ func (s *Server) proveBy(ctx context.Context, l *net.TCPListener, loopback netip
 		accepting.Wait()
 	}()
 	target := l.Addr().(*net.TCPAddr).AddrPort()
-	conn, captured, err := s.dialer.Probe(ctx, loopback, target)
-	if conn != nil {
-		defer conn.Abort()
-	}
+	probe, err := s.dialer.Probe(ctx, s.loops, loopback, target)
 	switch {
 	case errors.Is(err, upstream.ErrCaptured):
 		return upstream.ErrCaptured
 	case err != nil:
 		return fmt.Errorf("own dials could not be proven to pass uncaptured: dial %s from %s: %w", target, loopback, err)
 	}
+	defer probe.Close()
 	for {
 		select {
-		case <-captured:
+		case <-probe.Captured:
 			return upstream.ErrCaptured
 		case from := <-arrived:
-			if from == conn.Local() {
+			if from == probe.Local {
 				return nil
 			} // else somebody else's
 		case <-ctx.Done():
 			return fmt.Errorf("own dials could not be proven to pass uncaptured: connected to %s from %s, but it arrived nowhere: does something else take this host's connections?",
-				target, conn.Local())
+				target, probe.Local)
 		}
 	}
 }

@@ -6,17 +6,15 @@
 // What always holds:
 //   - The proxy is not told how connections come to it. Package listen finds out whom each client meant, and above it that
 //     is the connection's local address, whatever the backend of the capture.
-//   - A connection has one handler, which is straight-line code from the accept to the close, and one record, which is
-//     closed with one reason. When the handler returns, both sockets are closed.
-//   - A handler sees connections through small interfaces (tcp.Conn, upstream.Client). What is below them, goroutines and
-//     package net today, can be replaced without touching a handler.
+//   - A connection and the dial for it belong to one event loop (package loop), and so does all that is known of them there.
+//     Their handlers are straight-line code, and never block: what may (a log, a dial by somebody else) has a goroutine.
+//   - A connection has one record, which is closed with one reason when both sockets are closed.
 //   - A dial of the proxy's own that comes back is cut at once, wherever it comes from: there are no loops.
 //   - Descriptors are bounded. One connection too many is accepted and reset, so that its client is told.
 //   - Serve returns when, and only when, every socket is closed and every goroutine has ended.
 package proxy
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,6 +29,7 @@ import (
 	"github.com/pillionproxy/pillion/proxy/admin"
 	"github.com/pillionproxy/pillion/proxy/lifecycle"
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"github.com/pillionproxy/pillion/proxy/udp"
 	"github.com/pillionproxy/pillion/proxy/upstream"
@@ -67,14 +66,13 @@ type Server struct {
 	datagrams                     *udp.Relay
 	admin, health                 net.Listener // nil if there is none
 
-	live     *lifecycle.Live
-	carrying context.Context // of the connections, which outlive Serve's by the drain: done when those left are to be aborted
-	abort    context.CancelFunc
-	state    readiness
-	doubt    chan suspect  // one place: a dial of ours that has come back
-	failing  atomic.Int64  // when an accept that failed was last logged, in Unix seconds
-	cut      chan struct{} // closed by Close
-	cutOnce  sync.Once
+	loops   *loop.Group
+	live    *lifecycle.Live
+	state   readiness
+	doubt   chan suspect  // one place: a dial of ours that has come back
+	failing atomic.Int64  // when an accept that failed was last logged, in Unix seconds
+	cut     chan struct{} // closed by Close
+	cutOnce sync.Once
 }
 
 // Listen opens all listeners: what it returns has its ports, and the kernel queues connections for it, but none is
@@ -87,7 +85,6 @@ func Listen(cfg Config) (*Server, error) {
 		cfg.Access = cfg.Log
 	}
 	s := &Server{cfg: cfg.Proxy, log: cfg.Log, outbound: cfg.Outbound, doubt: make(chan suspect, 1), cut: make(chan struct{})}
-	s.carrying, s.abort = context.WithCancel(context.Background())
 	s.book = telemetry.NewBook(cfg.Access, cfg.Observer)
 	datagrams, err := udp.New(cfg.Datagrams.Listeners, cfg.Datagrams.Side, s.book)
 	s.datagrams = datagrams
@@ -95,6 +92,11 @@ func Listen(cfg Config) (*Server, error) {
 		s.closeListeners()
 		return nil, err
 	}
+	if s.loops, err = loop.New(loop.Config{Log: s.log}); err != nil {
+		s.closeListeners()
+		return nil, err
+	}
+	s.book.WatchLoops(s.loops.Figures)
 	if !s.outbound.Kind().Transparent {
 		s.log.Warn("no CAP_NET_RAW: serves the backend redirect alone")
 	}

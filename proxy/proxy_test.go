@@ -19,6 +19,7 @@ import (
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"github.com/pillionproxy/pillion/proxy/upstream"
 	"go.uber.org/goleak"
@@ -209,44 +210,44 @@ func wantResetOf(t *testing.T, addr string) {
 	wantReset(t, c.(*net.TCPConn))
 }
 
-// captured is a connection as the capture would hand it over: its client meant another address.
-type captured struct {
-	*listen.Conn
-	from, meant netip.AddrPort
-}
+// captured is a client as the capture would hand it over: it meant another address.
+type captured struct{ from, meant netip.AddrPort }
 
 func (c captured) Remote() netip.AddrPort { return c.from }
 func (c captured) Local() netip.AddrPort  { return c.meant }
+func (captured) Redirected() bool         { return false }
+func (captured) Mark() uint32             { return 0 }
+func (captured) Device() int              { return 0 }
 
 // carry lets the server's route handle a connection that its client meant for meant, and returns the client's end.
 func carry(t *testing.T, r *route, meant netip.AddrPort) *net.TCPConn {
 	t.Helper()
-	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
 	client := dial(t, l.Addr().String())
-	accepted, err := l.AcceptTCP()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := accepted.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw.Control(func(fd uintptr) { err = listen.SetCommon(int(fd)) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := listen.NewConn(accepted)
+	accepted, err := l.(*net.TCPListener).AcceptTCP()
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !r.live.Enter() {
 		t.Fatal("no room")
 	}
-	go r.handle(captured{c, c.Remote(), meant})
+	if err := r.loops.Run(t.Context(), func(l *loop.Loop) {
+		c, err := l.Adopt(accepted)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		from := c.Remote()
+		c.Start(func(c *loop.Conn) { r.handle(c, captured{from, meant}) })
+	}); err != nil {
+		t.Fatal(err)
+	}
 	return client
 }
 
@@ -382,7 +383,7 @@ func TestAnOwnDialThatComesBackIsCutAndReadinessSaysSo(t *testing.T) {
 	if c := seen.next(t); c.Reason != telemetry.OwnListener { // the first guard
 		t.Errorf("%+v", c)
 	}
-	blind := &Server{book: s.book, dialer: s.dialer, live: s.live, carrying: s.carrying, doubt: s.doubt} // it knows no own listener
+	blind := &Server{book: s.book, dialer: s.dialer, live: s.live, loops: s.loops, doubt: s.doubt} // it knows no own listener
 	blind.outbound, blind.inbound, blind.inboundOwn = &listen.Listener{}, &listen.Listener{}, &listen.Listener{}
 	r.Server = blind
 	wantReset(t, carry(t, r, netip.MustParseAddrPort(loopback(s.Listeners().Outbound))))
@@ -508,7 +509,7 @@ func TestHealthAndAdmin(t *testing.T) {
 		{s.health, "/healthz/ready", "ready"},
 		{s.health, "/metrics", "pillion_connections_open"},
 		{s.admin, "/connections", `"live": []`},
-		{s.admin, "/debug/pprof/goroutine?debug=1", "listen.(*Listener).accept"},
+		{s.admin, "/debug/pprof/goroutine?debug=1", "loop.(*Loop).run"},
 	} {
 		r, err := client.Get("http://" + tt.l.Addr().String() + tt.path)
 		if err != nil {

@@ -26,10 +26,11 @@ var (
 
 // readiness is whether the server can relay, and if not, why.
 type readiness struct {
-	mu     sync.Mutex
-	phase  phase
-	proven bool  // a proof has succeeded, and nothing has contradicted it since
-	doubt  error // why not, if a proof has failed
+	mu        sync.Mutex
+	phase     phase
+	abandoned bool  // closed before it served
+	proven    bool  // a proof has succeeded, and nothing has contradicted it since
+	doubt     error // why not, if a proof has failed
 }
 
 func (r *readiness) ready() error {
@@ -49,10 +50,10 @@ func (r *readiness) ready() error {
 	}
 }
 
-func (r *readiness) enter(p phase) {
+func (r *readiness) drain() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.phase = p
+	r.phase = draining
 }
 
 // prove notes the result of a proof, or what contradicts one. changed reports whether it differs in outcome from before.
@@ -71,9 +72,23 @@ func (r *readiness) looping() bool {
 	return errors.Is(r.doubt, upstream.ErrCaptured)
 }
 
-// entered reports whether the phase has been reached.
-func (r *readiness) entered(p phase) bool {
+// begin begins to serve, unless it was abandoned.
+func (r *readiness) begin() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.phase >= p
+	if !r.abandoned {
+		r.phase = serving
+	}
+	return !r.abandoned
+}
+
+// abandon makes sure that nobody begins to serve, unless somebody has, or it was abandoned before.
+func (r *readiness) abandon() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase != listening || r.abandoned {
+		return false
+	}
+	r.abandoned = true
+	return true
 }

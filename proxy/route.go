@@ -3,11 +3,11 @@
 package proxy
 
 import (
-	"context"
 	"errors"
 	"time"
 
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/tcp"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"github.com/pillionproxy/pillion/proxy/upstream"
@@ -20,22 +20,17 @@ type route struct {
 	*Server
 	listener  *listen.Listener
 	direction telemetry.Direction
-	dial      func(context.Context, upstream.Client) (*upstream.Conn, error)
-}
-
-// client is an accepted connection as its handler sees it.
-type client interface {
-	tcp.Conn
-	upstream.Client
+	dial      func(*loop.Loop, upstream.Client) (*upstream.Conn, error)
 }
 
 var (
 	errOwnListener = errors.New("the destination is a listener of this proxy: connected to as such, or redirected and forgotten by connection tracking")
 	errShutdown    = errors.New("still open when the proxy had to end (--drain-timeout, or a second signal)")
+	errFault       = errors.New("a fault of this proxy, which the log tells of")
 	errLimit       = errors.New("as many connections as may be are open (--max-connections, or the descriptor limit)")
 )
 
-// Accepted takes a connection over. What is refused whatever it may be is refused here, without a goroutine.
+// Accepted takes a connection over. What is refused whatever it may be is refused here.
 func (r *route) Accepted(c *listen.Conn) {
 	if own, probe := r.dialer.Own(c); own {
 		c.Abort()
@@ -58,10 +53,10 @@ func (r *route) Accepted(c *listen.Conn) {
 		r.refused(c, telemetry.ConnectionLimit, errLimit)
 		return
 	}
-	go r.handle(c)
+	c.Start(func(conn *loop.Conn) { r.handle(conn, c) })
 }
 
-func (r *route) refused(c client, reason telemetry.Reason, err error) {
+func (r *route) refused(c *listen.Conn, reason telemetry.Reason, err error) {
 	r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local()).Close(reason, err)
 }
 
@@ -76,58 +71,63 @@ func (r *route) Failing(err error) {
 	}
 }
 
-// Room is when a connection has ended.
-func (r *route) Room() <-chan struct{} { return r.live.Left() }
-
-// handle carries one connection, from its accept to its close.
-func (r *route) handle(c client) {
-	defer r.live.Leave()
-	record := r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local())
-	err := r.carry(c, record)
-	if err != nil && r.carrying.Err() != nil {
-		record.Close(telemetry.Shutdown, errShutdown)
-		return
-	}
-	record.Close(reason(err), err)
+// carried is what is kept of a connection while it is relayed. It belongs to the connection's loop.
+type carried struct {
+	server   *Server
+	record   *telemetry.Record
+	upstream *upstream.Conn // nil before it is connected
 }
 
-// carry dials and relays. When it returns, both connections are closed.
-func (r *route) carry(c client, record *telemetry.Record) error {
-	// Aborting the one side is enough: whatever is being done with it fails, and the other side is reset for that.
-	stop := context.AfterFunc(r.carrying, c.Abort)
-	defer stop()
-	if r.isListener(c.Local()) {
-		c.Abort()
-		return &refusal{telemetry.OwnListener, errOwnListener}
+// handle is the first handler of a connection: it dials, and hands both to the relay.
+func (r *route) handle(conn *loop.Conn, c upstream.Client) {
+	carried := &carried{server: r.Server, record: r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local())}
+	err := errFault
+	defer func() {
+		if err != nil {
+			conn.Abort()
+			carried.ended(err)
+		}
+	}()
+	if carried.upstream, err = r.connect(conn, c, carried.record); err != nil {
+		return
 	}
-	start := time.Now()
-	u, err := r.connect(c)
-	if err != nil {
-		c.Abort()
-		return err
-	}
-	record.Dialled(u.Local(), time.Since(start))
-	err = tcp.Relay(c, u, tcp.Counters{Sent: &record.Sent, Received: &record.Received})
-	if err != nil && u.Captured() {
-		return &refusal{telemetry.OwnDialCaptured, upstream.ErrCaptured}
-	}
-	return err
+	tcp.Relay(conn, carried.upstream.Conn, tcp.Options{
+		Sent: &carried.record.Sent, Received: &carried.record.Received,
+		Idle: r.cfg.IdleTimeout,
+		Done: carried.ended,
+	})
 }
 
 // connect dials for a client; one that vanishes meanwhile takes the dial with it.
-func (r *route) connect(c client) (*upstream.Conn, error) {
-	ctx, cancel := context.WithCancelCause(r.carrying)
-	defer cancel(nil)
-	stop := c.Watch(func(err error) { cancel(&tcp.Error{Side: tcp.Client, Err: err}) })
-	u, err := r.dial(ctx, c)
-	stop()
-	if cause := context.Cause(ctx); cause != nil { // the client is gone, or we are to go
-		if u != nil {
-			u.Abort()
-		}
-		return nil, cause
+func (r *route) connect(conn *loop.Conn, c upstream.Client, record *telemetry.Record) (*upstream.Conn, error) {
+	if r.isListener(c.Local()) {
+		return nil, &refusal{telemetry.OwnListener, errOwnListener}
 	}
-	return u, err
+	start := time.Now()
+	u, err := r.dial(conn.Loop(), c)
+	if errors.Is(err, loop.ErrGone) {
+		return nil, &tcp.Error{Side: tcp.Client, Err: conn.Failure()}
+	}
+	if err != nil {
+		return nil, err
+	}
+	record.Dialled(u.Local(), time.Since(start))
+	return u, nil
+}
+
+// ended closes the books on a connection when both of its sides are closed.
+func (c *carried) ended(err error) {
+	if u := c.upstream; u != nil {
+		if err != nil && u.Captured() {
+			err = &refusal{telemetry.OwnDialCaptured, upstream.ErrCaptured}
+		}
+		u.Closed()
+	}
+	if errors.Is(err, errShutdown) {
+		err = errShutdown
+	}
+	c.record.Close(reason(err), err)
+	c.server.live.Leave()
 }
 
 // refusal is a connection that the proxy does not carry.
@@ -140,6 +140,9 @@ type refusal struct {
 func reason(err error) telemetry.Reason {
 	if err == nil {
 		return telemetry.OK
+	}
+	if errors.Is(err, errShutdown) {
+		return telemetry.Shutdown
 	}
 	if e, ok := errors.AsType[*refusal](err); ok {
 		return e.reason
@@ -159,6 +162,8 @@ func relayReason(e *tcp.Error) telemetry.Reason {
 		reset, timeout = telemetry.UpstreamReset, telemetry.UpstreamTimeout
 	}
 	switch {
+	case errors.Is(e, tcp.ErrIdle):
+		return telemetry.IdleTimeout
 	// EPIPE and ENOTCONN are what a socket that was reset says to the second who asks.
 	case errors.Is(e, unix.ECONNRESET), errors.Is(e, unix.EPIPE), errors.Is(e, unix.ENOTCONN):
 		return reset

@@ -179,6 +179,8 @@ func toldProxy(e *env, values map[string]string) (config.Proxy, error) {
 	var err error
 	p.ConnectTimeout, err = all.GetDuration("connect-timeout")
 	errs = append(errs, err)
+	p.IdleTimeout, err = all.GetDuration("idle-timeout")
+	errs = append(errs, err)
 	p.DrainTimeout, err = all.GetDuration("drain-timeout")
 	errs = append(errs, err)
 	p.MaxConnections, err = all.GetInt("max-connections")

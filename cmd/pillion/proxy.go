@@ -60,6 +60,7 @@ for --connect-timeout.`,
 	f.Var((*slotFlag)(&cfg.Slot), "slot", "slot of the capture whose connections it takes, if there are several in this network namespace")
 	f.StringVar((*string)(&cfg.Listen), "listen", string(cfg.Listen), "where the three ports are listened on: loopback, any address (for the backend redirect), or auto: loopback, any without CAP_NET_RAW")
 	f.DurationVar(&cfg.ConnectTimeout, "connect-timeout", cfg.ConnectTimeout, "how long a dial may take")
+	f.DurationVar(&cfg.IdleTimeout, "idle-timeout", cfg.IdleTimeout, "reset TCP connections on which nothing was passed on for so long (0: none)")
 	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", cfg.DrainTimeout, "how long live connections may go on after SIGTERM")
 	f.IntVar(&cfg.MaxConnections, "max-connections", cfg.MaxConnections, "connections at a time; one more is reset (0: as many as the descriptor limit allows)")
 	f.Var((*addrFlag)(&cfg.Admin), "admin", "loopback address of the admin interface, or none")

@@ -107,7 +107,11 @@ func (p *publisher) open(list publications) (err error) {
 		if err != nil {
 			return fmt.Errorf("--publish %s: %w", one, err)
 		}
-		p.stops = append(p.stops, p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(netip.Addr{}, one.port))))
+		stop, err := p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(netip.Addr{}, one.port)))
+		if err != nil {
+			return fmt.Errorf("--publish %s: %w", one, err)
+		}
+		p.stops = append(p.stops, stop)
 		p.named[one.port] = true
 	}
 	return nil
@@ -141,11 +145,15 @@ func (p *publisher) add(port openPort) (stops []func()) {
 		}
 		addr := netip.AddrPortFrom(netip.MustParseAddr(family.here), port.Port)
 		l, err := listen.OpenAt(addr)
+		var stop func()
+		if err == nil {
+			stop, err = p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(family.to, port.Port)))
+		}
 		if err != nil {
 			fmt.Fprintf(p.stderr, "pillion: the command's port %d is not at %s: %v\n", port.Port, addr, err)
 			continue
 		}
-		stops = append(stops, p.server.Publish(l, p.kept.dialTo(netip.AddrPortFrom(family.to, port.Port))))
+		stops = append(stops, stop)
 		at = append(at, addr.String())
 	}
 	if len(at) > 0 {

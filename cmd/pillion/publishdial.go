@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/upstream"
 	"github.com/pillionproxy/pillion/redirect/rootless"
 	"golang.org/x/sys/unix"
@@ -96,13 +97,14 @@ func (d keepDial) try(port uint16) (*os.File, error) {
 	err = errors.Join(
 		listen.SetTransparent(fd, d.To.Addr().Is6()),
 		listen.SetOption(fd, "SO_MARK", unix.SOL_SOCKET, unix.SO_MARK, rootless.MarkProxy),
-		listen.SetCommon(fd),
+		loop.SetStream(fd),
+		listen.SetKeepalive(fd),
 	)
 	if err == nil {
-		err = os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(d.From.Addr(), port))))
+		err = os.NewSyscallError("bind", unix.Bind(fd, loop.Sockaddr(netip.AddrPortFrom(d.From.Addr(), port))))
 	}
 	if err == nil {
-		err = unix.Connect(fd, sockaddr(d.To))
+		err = unix.Connect(fd, loop.Sockaddr(d.To))
 		if errors.Is(err, unix.EINPROGRESS) {
 			err = nil
 		}
@@ -113,11 +115,4 @@ func (d keepDial) try(port uint16) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
-}
-
-func sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
-	}
-	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
 }

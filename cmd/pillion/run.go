@@ -94,6 +94,7 @@ number if a signal ended it.`,
 	f.BoolVar(&o.report.follow, "follow", false, "print each connection as it opens and closes")
 	f.StringVar(&o.netns, "netns", "", "run in this network namespace: a name (ip netns), a path, or a process id")
 	f.DurationVar(&o.proxy.ConnectTimeout, "connect-timeout", o.proxy.ConnectTimeout, "how long a dial may take")
+	f.DurationVar(&o.proxy.IdleTimeout, "idle-timeout", o.proxy.IdleTimeout, "reset TCP connections on which nothing was passed on for so long (0: none)")
 	f.Var((*addrFlag)(&o.proxy.Admin), "admin", "loopback address of the admin interface, or none")
 	f.Var((*addrFlag)(&o.proxy.Health), "health", "address of health probes and metrics, or none")
 	f.BoolVar(&o.noVerify, "no-verify", false, "do not prove the capture by connections")

@@ -13,12 +13,11 @@ type Live struct {
 	limit int64
 	count atomic.Int64
 	all   sync.WaitGroup
-	left  chan struct{} // one place: a connection has ended since somebody last looked
 }
 
 // NewLive allows limit connections at a time.
 func NewLive(limit int) *Live {
-	return &Live{limit: int64(limit), left: make(chan struct{}, 1)}
+	return &Live{limit: int64(limit)}
 }
 
 // Enter counts a connection in, unless there are as many as may be.
@@ -34,10 +33,6 @@ func (l *Live) Enter() bool {
 // Leave counts it out.
 func (l *Live) Leave() {
 	l.count.Add(-1)
-	select {
-	case l.left <- struct{}{}:
-	default:
-	}
 	l.all.Done()
 }
 
@@ -46,9 +41,6 @@ func (l *Live) Count() int { return int(l.count.Load()) }
 
 // Limit is how many there may be.
 func (l *Live) Limit() int { return int(l.limit) }
-
-// Left is received from when a connection has ended since it was last received from.
-func (l *Live) Left() <-chan struct{} { return l.left }
 
 // Drain waits until no connection is left, timeout has passed, or cut is closed; then it calls abort, which must make
 // those that are still there end soon, and waits for them. Nobody may Enter any more. It returns how many were aborted.

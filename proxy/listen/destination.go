@@ -4,11 +4,10 @@ package listen
 
 import (
 	"encoding/binary"
-	"net"
 	"net/netip"
-	"strconv"
 	"unsafe"
 
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,7 +22,10 @@ func (c *Conn) findDestination(port uint16) {
 		return
 	}
 	var meant netip.AddrPort
-	_ = c.raw.Control(func(fd uintptr) { meant = originalDestination(int(fd), c.v6) }) // fails only if it is closed
+	_ = c.Control(func(fd int) error { // fails only if it is closed
+		meant = originalDestination(fd, c.v6)
+		return nil
+	})
 	if meant.IsValid() && meant != c.local {
 		c.local, c.redirected = meant, true
 	}
@@ -51,7 +53,7 @@ func originalDestination(fd int, v6 bool) netip.AddrPort {
 	}
 	addr := netip.AddrFrom16(sa.Addr)
 	if sa.Scope_id != 0 {
-		addr = addr.WithZone(zoneName(sa.Scope_id))
+		addr = addr.WithZone(loop.ZoneName(sa.Scope_id))
 	}
 	return netip.AddrPortFrom(addr, hostOrder(sa.Port))
 }
@@ -59,23 +61,4 @@ func originalDestination(fd int, v6 bool) netip.AddrPort {
 // hostOrder converts a port as it stands in a raw socket address.
 func hostOrder(port uint16) uint16 {
 	return binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, port))
-}
-
-// zoneName and zoneIndex convert zones as package net does: by the name of the interface, or in digits if it is gone.
-func zoneName(index uint32) string {
-	if i, err := net.InterfaceByIndex(int(index)); err == nil {
-		return i.Name
-	}
-	return strconv.FormatUint(uint64(index), 10)
-}
-
-func zoneIndex(zone string) uint32 {
-	if zone == "" {
-		return 0
-	}
-	if i, err := net.InterfaceByName(zone); err == nil {
-		return uint32(i.Index)
-	}
-	n, _ := strconv.ParseUint(zone, 10, 32) // 0, no zone, if it is neither
-	return uint32(n)
 }

@@ -9,11 +9,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"golang.org/x/sys/unix"
 )
 
@@ -65,7 +65,8 @@ func (k Kind) String() string {
 type Listener struct {
 	kind    Kind
 	port    uint16
-	sockets []*net.TCPListener // IPv4, then IPv6 if there is IPv6
+	sockets []*net.TCPListener // IPv4, then IPv6 if there is IPv6; closed once it serves
+	serving []*loop.Listener
 }
 
 // Open listens on the port. Port 0 is a free one for which usable, called with it, returns true. The error is a
@@ -189,7 +190,7 @@ func open(kind Kind, port uint16) (*Listener, error) {
 
 func (k Kind) listen(addr netip.Addr, port uint16) (*net.TCPListener, error) {
 	lc := net.ListenConfig{
-		KeepAlive: -1, // SetCommon does it, once for all accepted sockets
+		KeepAlive: -1, // SetKeepalive does it, once for all accepted sockets
 		Control:   func(_, _ string, c syscall.RawConn) error { return k.control(c, addr.Is6()) },
 	}
 	lc.SetMultipathTCP(false) // an MPTCP listener cannot be given a connection
@@ -217,7 +218,7 @@ func (k Kind) control(c syscall.RawConn, v6 bool) error {
 		if err = setPacketInfo(int(fd), v6); err != nil {
 			return
 		}
-		err = SetCommon(int(fd))
+		err = errors.Join(loop.SetStream(int(fd)), SetKeepalive(int(fd)))
 	})
 	return errors.Join(cerr, err)
 }
@@ -236,57 +237,32 @@ func (l *Listener) At(a netip.AddrPort) bool {
 	return a.Port() == l.port && (a.Addr().IsLoopback() || l.kind.Any && IsOwn(a.Addr()))
 }
 
-// Close ends the listener. Connections that were not accepted yet are reset.
+// Close ends the listener, and waits until nothing more is accepted. Connections that were not accepted yet are reset.
 func (l *Listener) Close() {
+	for _, s := range l.serving {
+		s.Close()
+	}
 	for _, s := range l.sockets {
-		_ = s.Close() // fails only if it was closed before
+		_ = s.Close() // fails only if it was closed before, as Serve does
 	}
 }
 
-// Accepter is told what a listener accepts. Its methods are called from the listener's goroutines, one per family, which
-// accept nothing else meanwhile: they must not wait.
+// Accepter is told what a listener accepts, on the loop whose connection it is. Its methods must not wait.
 type Accepter interface {
 	// Accepted takes over the connection.
 	Accepted(*Conn)
 	// Failing says that no connection can be accepted now, for want of descriptors or memory.
 	Failing(error)
-	// Room is received from when it is worth trying again.
-	Room() <-chan struct{}
 }
 
-// Serve accepts until Close.
-func (l *Listener) Serve(a Accepter) {
-	var wg sync.WaitGroup
+// Serve accepts from now on, until Close. It is called once; after an error the listener is to be closed.
+func (l *Listener) Serve(g *loop.Group, a Accepter) error {
 	for _, s := range l.sockets {
-		wg.Go(func() { l.accept(s, a) })
-	}
-	wg.Wait()
-}
-
-// retryAccept is when an accept that failed is tried again even if no connection has closed: the descriptors may have
-// been used up by somebody else.
-const retryAccept = 100 * time.Millisecond
-
-func (l *Listener) accept(s *net.TCPListener, a Accepter) {
-	for {
-		tcp, err := s.AcceptTCP()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
+		serving, err := g.Serve(s, func(c *loop.Conn) { a.Accepted(accepted(c, l.port)) }, a.Failing)
 		if err != nil {
-			a.Failing(err)
-			select {
-			case <-a.Room():
-			case <-time.After(retryAccept):
-			}
-			continue
+			return fmt.Errorf("accept connections: %w", err)
 		}
-		c, err := NewConn(tcp)
-		if err != nil {
-			_ = tcp.Close() // SyscallConn of an open connection does not fail
-			continue
-		}
-		c.findDestination(l.port)
-		a.Accepted(c)
+		l.serving = append(l.serving, serving)
 	}
+	return nil
 }

@@ -4,16 +4,15 @@ package listen
 
 import (
 	"errors"
-	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -49,32 +48,38 @@ func mustOpen(t *testing.T, port uint16) *Listener {
 
 // inbox keeps what a listener accepts.
 type inbox struct {
-	conns   chan *Conn
-	failing chan error
-	room    chan struct{}
+	t     *testing.T
+	conns chan *Conn
 }
 
 func serve(t *testing.T, l *Listener) *inbox {
-	in := &inbox{conns: make(chan *Conn, 16), failing: make(chan error, 16), room: make(chan struct{}, 1)}
-	var serving sync.WaitGroup
-	serving.Go(func() { l.Serve(in) })
+	t.Helper()
+	g, err := loop.New(loop.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := &inbox{t: t, conns: make(chan *Conn, 16)}
+	if err := l.Serve(g, in); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		l.Close()
-		serving.Wait()
+		g.Close()
 	})
 	return in
 }
 
 func (in *inbox) Accepted(c *Conn) { in.conns <- c }
 
-func (in *inbox) Failing(err error) {
-	select {
-	case in.failing <- err:
-	default:
+func (in *inbox) Failing(err error) { in.t.Error(err) }
+
+// on runs f on the loop of a connection.
+func on(t *testing.T, c *Conn, f func()) {
+	t.Helper()
+	if !c.Loop().Do(f) {
+		t.Fatal("the loop is gone")
 	}
 }
-
-func (in *inbox) Room() <-chan struct{} { return in.room }
 
 func dial(t *testing.T, addr netip.Addr, port uint16) *net.TCPConn {
 	t.Helper()
@@ -99,16 +104,17 @@ func TestAcceptedConnectionsInheritEverything(t *testing.T) {
 		t.Run(addr.String(), func(t *testing.T) {
 			far := dial(t, addr, l.Port())
 			c := <-in.conns
-			defer c.Abort()
 			if want := addrPort(far.RemoteAddr()); c.Local() != want {
 				t.Errorf("Local %s, want %s", c.Local(), want)
 			}
 			if want := addrPort(far.LocalAddr()); c.Remote() != want {
 				t.Errorf("Remote %s, want %s", c.Remote(), want)
 			}
-			if c.Mark() != 0 || c.Device() != 0 {
-				t.Errorf("mark %#x, device %d; want none", c.Mark(), c.Device())
-			}
+			on(t, c, func() {
+				if c.Mark() != 0 || c.Device() != 0 {
+					t.Errorf("mark %#x, device %d; want none", c.Mark(), c.Device())
+				}
+			})
 			for _, o := range []struct {
 				name             string
 				level, opt, want int
@@ -129,12 +135,27 @@ func TestAcceptedConnectionsInheritEverything(t *testing.T) {
 	}
 }
 
+// TestWhoComesBeforeServeInheritsEverythingToo: the kernel makes connections from when a listener is opened.
+func TestWhoComesBeforeServeInheritsEverythingToo(t *testing.T) {
+	needRoot(t)
+	l := mustOpen(t, 0)
+	dial(t, loopbacks[0], l.Port())
+	c := <-serve(t, l).conns
+	if option(t, c, unix.SOL_SOCKET, unix.SO_OOBINLINE) != 1 || option(t, c, unix.SOL_SOCKET, unix.SO_LINGER) != 1 {
+		t.Error("it has not inherited what a connection needs")
+	}
+}
+
 func option(t *testing.T, c *Conn, level, opt int) (v int) {
 	t.Helper()
-	var gerr error
-	if err := errors.Join(c.raw.Control(func(fd uintptr) { v, gerr = unix.GetsockoptInt(int(fd), level, opt) }), gerr); err != nil {
-		t.Fatal(err)
-	}
+	on(t, c, func() {
+		if err := c.Control(func(fd int) (err error) {
+			v, err = unix.GetsockoptInt(fd, level, opt)
+			return err
+		}); err != nil {
+			t.Error(err)
+		}
+	})
 	return v
 }
 
@@ -144,80 +165,17 @@ func TestLoopbackIsNoDeviceOfAClient(t *testing.T) {
 	in := serve(t, l)
 	dial(t, loopbacks[0], l.Port())
 	c := <-in.conns
-	defer c.Abort()
-	var index int
-	if err := c.raw.Control(func(fd uintptr) { index = arrivalDevice(int(fd), false) }); err != nil {
-		t.Fatal(err)
-	}
-	if index != 1 || c.Device() != 0 {
-		t.Errorf("arrived by device %d (want 1, lo), Device %d (want 0)", index, c.Device())
-	}
-}
-
-func TestCloseIsCleanAndAbortIsReset(t *testing.T) {
-	needRoot(t)
-	l := mustOpen(t, 0)
-	in := serve(t, l)
-	far := dial(t, loopbacks[0], l.Port())
-	c := <-in.conns
-	if err := c.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := far.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("after Close: %d, %v; want io.EOF", n, err)
-	}
-	far = dial(t, loopbacks[0], l.Port())
-	c = <-in.conns
-	c.Abort()
-	if n, err := far.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("after Abort: %d, %v; want ECONNRESET", n, err)
-	}
-	c.Abort() // again is harmless
-	if _, _, err := c.Recv(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Recv after Abort: %v; want net.ErrClosed", err)
-	}
-}
-
-func TestWatch(t *testing.T) {
-	needRoot(t)
-	l := mustOpen(t, 0)
-	in := serve(t, l)
-
-	t.Run("a stream's end and data are not a departure", func(t *testing.T) {
-		far := dial(t, loopbacks[0], l.Port())
-		c := <-in.conns
-		defer c.Abort()
-		stop := c.Watch(func(err error) { t.Errorf("gone: %v", err) })
-		far.Write([]byte("x"))
-		far.CloseWrite()
-		stop()
-		if data, _, err := c.Recv(); err != nil || string(data) != "x" {
-			t.Errorf("Recv: %q, %v", data, err)
+	on(t, c, func() {
+		var index int
+		if err := c.Control(func(fd int) error {
+			index = arrivalDevice(fd, false)
+			return nil
+		}); err != nil {
+			t.Error(err)
 		}
-		c.Release()
-		if _, _, err := c.Recv(); err != io.EOF {
-			t.Errorf("Recv: %v, want io.EOF", err)
+		if index != 1 || c.Device() != 0 {
+			t.Errorf("arrived by device %d (want 1, lo), Device %d (want 0)", index, c.Device())
 		}
-	})
-	t.Run("a reset is", func(t *testing.T) {
-		far := dial(t, loopbacks[0], l.Port())
-		c := <-in.conns
-		gone := make(chan error, 1)
-		stop := c.Watch(func(err error) { gone <- err })
-		far.SetLinger(0)
-		far.Close()
-		if err := <-gone; !errors.Is(err, unix.ECONNRESET) {
-			t.Errorf("gone: %v, want ECONNRESET", err)
-		}
-		stop()
-		c.Abort()
-	})
-	t.Run("closed under it", func(t *testing.T) {
-		dial(t, loopbacks[0], l.Port())
-		c := <-in.conns
-		stop := c.Watch(func(err error) { t.Errorf("gone: %v", err) })
-		c.Abort()
-		stop()
 	})
 }
 
@@ -279,41 +237,4 @@ func TestPortInUse(t *testing.T) {
 			})
 		})
 	}
-}
-
-func TestWithoutDescriptorsAcceptWaitsForRoom(t *testing.T) {
-	needRoot(t)
-	l := mustOpen(t, 0)
-	in := serve(t, l)
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0) // the client's, made while there are descriptors
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-
-	var old unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
-		t.Fatal(err)
-	}
-	next, err := unix.Dup(fd) // the lowest free descriptor: no descriptor may be as high from now on
-	if err != nil {
-		t.Fatal(err)
-	}
-	unix.Close(next)
-	if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(next), Max: old.Max}, nil); err != nil {
-		t.Fatal(err)
-	}
-	restore := sync.OnceFunc(func() { unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil) })
-	defer restore()
-
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(l.Port()), Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-in.failing; !errors.Is(err, unix.EMFILE) {
-		t.Errorf("failing with %v, want EMFILE", err)
-	}
-	restore()
-	in.room <- struct{}{}
-	c := <-in.conns
-	c.Abort()
 }

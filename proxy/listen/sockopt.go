@@ -8,6 +8,7 @@ import (
 	"os"
 	"unsafe"
 
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"golang.org/x/sys/unix"
 )
 
@@ -56,17 +57,12 @@ func getOption(fd, level, opt int, buf []byte) (int, error) {
 	return min(int(size), len(buf)), nil
 }
 
-// SetCommon sets what both sides of every relayed connection have: a reset instead of a clean end if the proxy dies;
-// urgent data in line, without which the urgent byte would be lost; keepalive. Accepted sockets inherit it all.
-func SetCommon(fd int) error {
-	if err := setLinger(fd, true); err != nil {
-		return err
-	}
+// SetKeepalive has a peer noticed that vanished.
+func SetKeepalive(fd int) error {
 	for _, o := range []struct {
 		name              string
 		level, opt, value int
 	}{
-		{"SO_OOBINLINE", unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
 		{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 		{"TCP_KEEPIDLE", unix.SOL_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
 		{"TCP_KEEPINTVL", unix.SOL_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
@@ -77,15 +73,6 @@ func SetCommon(fd int) error {
 		}
 	}
 	return nil
-}
-
-// setLinger switches SO_LINGER{1,0}: on, close(2) sends a reset and drops what was not yet sent.
-func setLinger(fd int, on bool) error {
-	var l unix.Linger
-	if on {
-		l.Onoff = 1
-	}
-	return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
 }
 
 // setPacketInfo makes the kernel remember, for accepted sockets, by which device the SYN came in.
@@ -127,14 +114,14 @@ func arrivalDevice(fd int, v6 bool) int {
 
 // IsOwn reports whether the address is one of this host: whether a socket can be bound to it.
 func IsOwn(a netip.Addr) bool {
-	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: a.As16(), ZoneId: zoneIndex(a.Zone())})
+	family := unix.AF_INET6
 	if a.Is4() {
-		family, sa = unix.AF_INET, &unix.SockaddrInet4{Addr: a.As4()}
+		family = unix.AF_INET
 	}
 	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return false
 	}
 	defer func() { _ = unix.Close(fd) }()
-	return unix.Bind(fd, sa) == nil
+	return unix.Bind(fd, loop.Sockaddr(netip.AddrPortFrom(a, 0))) == nil
 }

@@ -40,7 +40,7 @@ func (g *Group) Serve(l *net.TCPListener, accepted func(*Conn), failing func(err
 	if err != nil {
 		return nil, err
 	}
-	err = setStream(fd)
+	err = SetStream(fd)
 	if err == nil {
 		err = unix.SetNonblock(fd, true)
 	}

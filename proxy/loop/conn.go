@@ -202,12 +202,11 @@ func (c *Conn) received(n, size int) {
 // Urgent reports whether the last TryRecv or Recv received a byte of urgent data.
 func (c *Conn) Urgent() bool { return c.urgent }
 
-// Readable reports whether there may be more input, or an end. After a TryRecv that had more room than it received, it is the end of
-// the stream, unless urgent data comes first.
+// Readable reports whether there may be something for TryRecv.
 func (c *Conn) Readable() bool { return c.readable }
 
-// Ended reports whether the end of the peer's stream was received.
-func (c *Conn) Ended() bool { return c.eof }
+// Ending reports, after a TryRecv that had more room than it received, whether the next one will tell of the end of the stream.
+func (c *Conn) Ending() bool { return c.readable && c.hup && !c.urgency }
 
 // Failure is why the connection has failed; nil if it has not. It is told once, be it here or by a call that fails.
 func (c *Conn) Failure() error {

@@ -163,7 +163,18 @@ func (co *coroutine) fire() { co.wake(nil) }
 // Go runs f on another coroutine of this loop, in the next turn.
 func (l *Loop) Go(f func(*Loop)) { l.start(nil, f) }
 
-// Sleep waits for that long. It fails with ErrGone if the handler's connection is reset meanwhile.
+// Yield lets the others of the loop go first. It fails as Sleep does.
+func (l *Loop) Yield() error {
+	co := l.here()
+	if err := co.lost(); err != nil {
+		return err
+	}
+	l.ready = append(l.ready, co)
+	co.yield(struct{}{})
+	return nil
+}
+
+// Sleep waits for that long, and up to an eighth and 17 ms longer. It fails with ErrGone if the handler's connection is reset meanwhile.
 func (l *Loop) Sleep(d time.Duration) error {
 	co := l.here()
 	l.wheel.set(&co.alarm, l.now.Add(d), l.now)

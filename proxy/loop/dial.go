@@ -55,7 +55,7 @@ func (d *Dial) socket() (_ int32, err error) {
 			closeDescriptor(int32(fd))
 		}
 	}()
-	if err := setStream(fd); err != nil {
+	if err := SetStream(fd); err != nil {
 		return -1, err
 	}
 	if d.Bound != nil {

@@ -257,9 +257,10 @@ func (l *Loop) ended() bool {
 func (l *Loop) event(ev unix.EpollEvent) {
 	switch {
 	case ev.Pad != 0:
-		c := l.conns[ev.Fd]
-		if c != nil && c.gen == uint32(ev.Pad) { // else it was closed since
-			c.event(ev.Events)
+		if int(ev.Fd) < len(l.conns) { // else all were closed since
+			if c := l.conns[ev.Fd]; c != nil && c.gen == uint32(ev.Pad) { // else this one was
+				c.event(ev.Events)
+			}
 		}
 	case ev.Fd == inboxSlot:
 		l.readInbox()
@@ -358,7 +359,7 @@ func (l *Loop) Adopt(tcp *net.TCPConn) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := setStream(fd); err != nil {
+	if err := SetStream(fd); err != nil {
 		closeDescriptor(int32(fd))
 		return nil, err
 	}

@@ -164,7 +164,7 @@ func TestHTTP2Framer(t *testing.T) {
 	l := newLab(t, loop.Config{Loops: 2})
 	a := l.serve(func(c *loop.Conn) {
 		defer c.Close()
-		if err := serveHTTP2(c.NetConn()); err != nil && err != io.EOF {
+		if err := serveHTTP2(c.NetConn()); err != io.EOF && !errors.Is(err, net.ErrClosed) { // closed: by the end of the test
 			t.Error(err)
 		}
 	})

@@ -93,9 +93,10 @@ func setLinger(fd int32, on bool) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
 }
 
-// setStream sets what every connection has: a reset instead of a clean end if the process dies; urgent data in line, without
-// which the urgent byte would be lost; and nothing held back for more to come. Accepted sockets inherit it.
-func setStream(fd int) error {
+// SetStream sets what every connection has: a reset instead of a clean end if the process dies; urgent data in line, without
+// which the urgent byte would be lost; and nothing held back for more to come. Accepted sockets inherit it, so that it is to be set
+// before a socket listens; the package itself does it for others.
+func SetStream(fd int) error {
 	setLinger(int32(fd), true)
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1); err != nil {
 		return os.NewSyscallError("setsockopt SO_OOBINLINE", err)
@@ -138,7 +139,7 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	case *unix.SockaddrInet6:
 		addr := netip.AddrFrom16(sa.Addr).Unmap()
 		if sa.ZoneId != 0 && addr.Is6() {
-			addr = addr.WithZone(zoneName(sa.ZoneId))
+			addr = addr.WithZone(ZoneName(sa.ZoneId))
 		}
 		return netip.AddrPortFrom(addr, uint16(sa.Port))
 	default:
@@ -146,14 +147,15 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	}
 }
 
-// zoneName and zoneIndex convert zones as package net does: by the name of the interface, or in digits if it is gone.
-func zoneName(index uint32) string {
+// ZoneName is the zone of an interface, as package net has it: its name, or in digits if it is gone.
+func ZoneName(index uint32) string {
 	if i, err := net.InterfaceByIndex(int(index)); err == nil {
 		return i.Name
 	}
 	return strconv.FormatUint(uint64(index), 10)
 }
 
+// zoneIndex is the reverse.
 func zoneIndex(zone string) uint32 {
 	if zone == "" {
 		return 0

@@ -9,42 +9,18 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
-	"github.com/pillionproxy/pillion/proxy/tcp"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"golang.org/x/sys/unix"
 )
 
 // bulk is more than the kernel holds for a stream, so that it comes faster than it is taken.
 const bulk = 32 << 20
 
-// pipes is how many pipes the relays have.
-func pipes() int { return (pipeEnds() - others) / 2 }
-
-// others are the ends of pipes that this process has from elsewhere.
-var others = pipeEnds()
-
-func pipeEnds() (n int) {
-	files, _ := filepath.Glob("/proc/self/fd/*")
-	for _, f := range files {
-		if to, err := os.Readlink(f); err == nil && strings.HasPrefix(to, "pipe:") {
-			n++
-		}
-	}
-	return n
-}
-
-// noPipes waits until those of other tests are closed, and wants the same at the end of this one.
-func noPipes(t *testing.T) {
-	t.Helper()
-	none := func() bool { return pipes() == 0 }
-	settle(t, "the pipes of other tests are closed", none)
-	t.Cleanup(func() { settle(t, "the pipes are closed", none) })
-}
+// pipes is how many pipes the relay has.
+func (l *lab) pipes() int { return l.loops.Figures().Pipes }
 
 // settle waits for a condition.
 func settle(t *testing.T, what string, cond func() bool) {
@@ -96,12 +72,11 @@ func arrives(c *net.TCPConn, sent []byte) error {
 
 // TestBulkBothWays: what stays in the kernel arrives as it was sent, and pipes are gone afterwards.
 func TestBulkBothWays(t *testing.T) {
-	noPipes(t)
 	l := newLab(t)
 	up, down := content(bulk), content(bulk-12345)
 	send(t, l.client, up)
 	send(t, l.server, down)
-	settle(t, "both streams are held up", func() bool { return pipes() == 2 })
+	settle(t, "both streams are held up", func() bool { return l.pipes() == 2 })
 	read := make(chan error)
 	go func() { read <- arrives(l.server, up) }()
 	go func() { read <- arrives(l.client, down) }()
@@ -118,20 +93,21 @@ func TestBulkBothWays(t *testing.T) {
 
 // TestBulkWithoutPipe: where there are no more pipes, bulk is copied.
 func TestBulkWithoutPipe(t *testing.T) {
-	noPipes(t)
-	give := tcp.LeaseAll()
-	defer give()
-	l := newLab(t)
-	data := content(bulk)
-	send(t, l.client, data)
-	if err := arrives(l.server, data); err != nil {
+	l := newLabWith(t, loop.Config{Loops: 1, Pipes: 1}, 0)
+	up, down := content(bulk), content(bulk)
+	send(t, l.client, up)
+	settle(t, "one stream has the pipe", func() bool { return l.pipes() == 1 })
+	send(t, l.server, down)
+	if err := arrives(l.client, down); err != nil {
+		t.Error(err)
+	}
+	if err := arrives(l.server, up); err != nil {
 		t.Error(err)
 	}
 }
 
 // TestResetOfBulk: the reset of either side reaches the other, with a pipe half full; what is in the pipe comes to nobody else.
 func TestResetOfBulk(t *testing.T) {
-	noPipes(t)
 	for _, name := range []string{"sender", "receiver"} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t)
@@ -149,7 +125,7 @@ func TestResetOfBulk(t *testing.T) {
 			}
 			next, data := newLab(t), content(bulk)
 			send(t, next.client, data)
-			settle(t, "the next stream has a pipe", func() bool { return pipes() > 0 })
+			settle(t, "the next stream has a pipe", func() bool { return next.pipes() > 0 })
 			if err := arrives(next.server, data); err != nil {
 				t.Errorf("the next stream: %v", err)
 			}

@@ -24,6 +24,7 @@ const (
 	PortsExhausted                       // every port of the dial range is in use towards this destination
 	Shutdown                             // still open when the drain timeout ended, or when an immediate end was asked for
 	InternalError                        // anything else; the error says what
+	IdleTimeout                          // nothing was passed on for the idle timeout
 	reasons                              // their number
 )
 
@@ -42,6 +43,7 @@ var tokens = [reasons]string{
 	PortsExhausted:         "ports_exhausted",
 	Shutdown:               "shutdown",
 	InternalError:          "internal_error",
+	IdleTimeout:            "idle_timeout",
 }
 
 func (r Reason) String() string {

@@ -21,7 +21,7 @@ import (
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
-	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"golang.org/x/sys/unix"
 )
@@ -69,8 +69,8 @@ func New(cfg config.Proxy, log *slog.Logger) *Dialer {
 }
 
 // Outbound dials for the app.
-func (d *Dialer) Outbound(ctx context.Context, c Client) (*Conn, error) {
-	return d.dial(ctx, plan{
+func (d *Dialer) Outbound(l *loop.Loop, c Client) (*Conn, error) {
+	return d.dial(l, plan{
 		source:      c.Remote().Addr(),
 		destination: c.Local(),
 		ports:       d.outbound,
@@ -82,11 +82,11 @@ func (d *Dialer) Outbound(ctx context.Context, c Client) (*Conn, error) {
 // Inbound dials the app in the name of its client, or, where the host does not let us, as InboundOwn does. Of a redirected
 // connection the app's answers would go to the client itself, past us: it is dialled from the address that its client
 // dialled, whatever the host would let us do.
-func (d *Dialer) Inbound(ctx context.Context, c Client) (*Conn, error) {
+func (d *Dialer) Inbound(l *loop.Loop, c Client) (*Conn, error) {
 	if c.Redirected() {
-		return d.dial(ctx, plan{source: c.Local().Addr(), destination: c.Local(), ports: d.inbound})
+		return d.dial(l, plan{source: c.Local().Addr(), destination: c.Local(), ports: d.inbound})
 	}
-	conn, err := d.dial(ctx, plan{
+	conn, err := d.dial(l, plan{
 		source:      c.Remote().Addr(),
 		destination: c.Local(),
 		ports:       d.inbound,
@@ -100,13 +100,13 @@ func (d *Dialer) Inbound(ctx context.Context, c Client) (*Conn, error) {
 		d.log.Warn("cannot dial the app in its client's name: the app will see this host's own address as its peer",
 			"error", err, "source", c.Remote(), "destination", c.Local())
 	})
-	return d.InboundOwn(ctx, c)
+	return d.InboundOwn(l, c)
 }
 
 // InboundOwn dials the app from the address that its client dialled. The ports are those of the outbound range: by a port
 // of the inbound range the capture would take it for a dial in the client's name.
-func (d *Dialer) InboundOwn(ctx context.Context, c Client) (*Conn, error) {
-	return d.dial(ctx, plan{
+func (d *Dialer) InboundOwn(l *loop.Loop, c Client) (*Conn, error) {
+	return d.dial(l, plan{
 		source:      c.Local().Addr(),
 		destination: c.Local(),
 		ports:       d.outbound,
@@ -114,13 +114,35 @@ func (d *Dialer) InboundOwn(ctx context.Context, c Client) (*Conn, error) {
 	})
 }
 
-// Probe makes a dial as Outbound would for an unbound, unmarked socket. captured is closed when Own finds it, which may be
-// before Probe returns, and even if that is with an error.
-func (d *Dialer) Probe(ctx context.Context, source netip.Addr, destination netip.AddrPort) (conn *Conn, captured <-chan struct{}, err error) {
-	found := make(chan struct{})
-	conn, err = d.dial(ctx, plan{source: source, destination: destination, ports: d.outbound, captured: found})
-	return conn, found, err
+// Probe is a dial as Outbound would make it for an unbound, unmarked socket.
+type Probe struct {
+	Local    netip.AddrPort
+	Captured <-chan struct{} // closed when Own finds it, which may be before Probe returns
+	conn     *Conn
 }
+
+// Probe dials, from any goroutine that is none of a loop. Of one that came back before it was connected, the error is ErrCaptured.
+func (d *Dialer) Probe(ctx context.Context, g *loop.Group, source netip.Addr, destination netip.AddrPort) (*Probe, error) {
+	found := make(chan struct{})
+	p := &Probe{Captured: found}
+	var err error
+	rerr := g.Run(ctx, func(l *loop.Loop) {
+		p.conn, err = d.dial(l, plan{source: source, destination: destination, ports: d.outbound, captured: found})
+		if err == nil {
+			p.Local = p.conn.Local()
+		}
+	})
+	if rerr != nil {
+		err = &Error{reason(rerr), rerr}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Close resets the connection.
+func (p *Probe) Close() { p.conn.Loop().Do(p.conn.Abort) } // else the group is gone, and the connection with it
 
 // Own reports whether an accepted connection is a dial of ours, come back, and whether that dial was a Probe.
 func (d *Dialer) Own(c Client) (own, probe bool) { return d.own.find(c.Remote(), c.Local()) }
@@ -142,19 +164,18 @@ var ErrCaptured = &config.Fault{
 
 // Conn is a dialled connection.
 type Conn struct {
-	*listen.Conn
+	*loop.Conn
 	entry *entry
 }
 
-// Take takes over what another way of dialling than ours returned. Its error is of type *Error.
-func Take(tcp *net.TCPConn, err error) (*Conn, error) {
+// Take makes one of what another way of dialling than ours returned. Its error is of type *Error.
+func Take(l *loop.Loop, tcp *net.TCPConn, err error) (*Conn, error) {
 	if err != nil {
 		return nil, &Error{reason(err), bare(err)}
 	}
-	conn, err := listen.NewConn(tcp)
+	conn, err := l.Adopt(tcp)
 	if err != nil {
-		_ = tcp.Close()
-		return nil, &Error{reason(err), bare(err)}
+		return nil, &Error{reason(err), err}
 	}
 	return &Conn{Conn: conn, entry: foreign()}, nil
 }
@@ -162,14 +183,11 @@ func Take(tcp *net.TCPConn, err error) (*Conn, error) {
 // Captured reports whether the capture gave the connection back to us, so that its other end was ours.
 func (c *Conn) Captured() bool { return c.entry.wasFound() }
 
-// Close is listen.Conn's.
-func (c *Conn) Close() error {
-	c.entry.forget()
-	return c.Conn.Close()
-}
+// Closed is to be called when the connection was closed, by whomever.
+func (c *Conn) Closed() { c.entry.forget() }
 
-// Abort is listen.Conn's.
+// Abort resets the connection.
 func (c *Conn) Abort() {
-	c.entry.forget()
 	c.Conn.Abort()
+	c.Closed()
 }

@@ -9,10 +9,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"syscall"
-	"time"
 
 	"github.com/pillionproxy/pillion/proxy/listen"
+	"github.com/pillionproxy/pillion/proxy/loop"
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"golang.org/x/sys/unix"
 )
@@ -28,16 +27,19 @@ type plan struct {
 	captured    chan struct{} // see own.add
 }
 
+// portsAtOnce is how many ports are tried until others have their turn: a range may have 64 Ki.
+const portsAtOnce = 16
+
 // dial tries port after port, each with a socket of its own, until one is free towards the destination or the connect
 // timeout has passed. Its errors are of type *Error.
-func (d *Dialer) dial(ctx context.Context, p plan) (*Conn, error) {
-	deadline := time.Now().Add(d.timeout)
-	for range p.ports.Len() {
+func (d *Dialer) dial(l *loop.Loop, p plan) (*Conn, error) {
+	deadline := l.Now().Add(d.timeout)
+	for tried := range p.ports.Len() {
 		port := p.ports.next()
 		if p.source == p.destination.Addr() && port == p.destination.Port() {
 			continue // it would connect to itself
 		}
-		conn, err := d.attempt(ctx, p, netip.AddrPortFrom(p.source, port), deadline)
+		conn, err := d.attempt(l, p, netip.AddrPortFrom(p.source, port), deadline)
 		switch {
 		case err == nil:
 			return conn, nil
@@ -46,29 +48,32 @@ func (d *Dialer) dial(ctx context.Context, p plan) (*Conn, error) {
 			// itself) is dialled for from that address.
 			p.transparent = true
 		case errors.Is(err, unix.EADDRINUSE), isCall(err, "connect") && errors.Is(err, unix.EADDRNOTAVAIL):
-			if time.Now().After(deadline) {
+			if tried%portsAtOnce != portsAtOnce-1 {
+				continue
+			}
+			if err := l.Yield(); err != nil {
+				return nil, &Error{reason(err), err}
+			}
+			if l.Now() > deadline {
 				return nil, &Error{telemetry.UpstreamConnectTimeout, err}
 			}
 		default:
-			return nil, &Error{reason(err), bare(err)}
+			return nil, &Error{reason(err), err}
 		}
 	}
 	return nil, &Error{telemetry.PortsExhausted, fmt.Errorf("every port of %s is in use from %s to %s", p.ports, p.source, p.destination)}
 }
 
 // attempt makes one socket and connects it.
-func (d *Dialer) attempt(ctx context.Context, p plan, local netip.AddrPort, deadline time.Time) (*Conn, error) {
+func (d *Dialer) attempt(l *loop.Loop, p plan, local netip.AddrPort, deadline loop.Time) (*Conn, error) {
 	entry := d.own.add(local, p.destination, p.captured) // before the SYN: the accept may come before connect returns
 	if entry == nil {
 		return nil, os.NewSyscallError("bind", unix.EADDRINUSE)
 	}
-	dialer := net.Dialer{
-		Deadline:  deadline,
-		KeepAlive: -1, // listen.SetCommon does it
-		Control:   func(_, _ string, c syscall.RawConn) error { return d.control(c, p) },
-	}
-	dialer.SetMultipathTCP(false)
-	tcp, err := dialer.DialTCP(ctx, network(p.source), local, p.destination)
+	conn, err := l.Dial(loop.Dial{
+		Remote: p.destination, Local: local, Until: deadline,
+		Bound: func(fd int) error { return d.options(fd, p) },
+	})
 	if err != nil {
 		entry.forget()
 		if entry.wasFound() { // and reset before connect returned
@@ -76,29 +81,10 @@ func (d *Dialer) attempt(ctx context.Context, p plan, local netip.AddrPort, dead
 		}
 		return nil, err
 	}
-	conn, err := listen.NewConn(tcp)
-	if err != nil {
-		entry.forget()
-		_ = tcp.Close()
-		return nil, err
-	}
 	return &Conn{Conn: conn, entry: entry}, nil
 }
 
-func network(a netip.Addr) string {
-	if a.Is4() {
-		return "tcp4"
-	}
-	return "tcp6"
-}
-
-// control sets the options of a dial, all of which must be there before bind.
-func (d *Dialer) control(c syscall.RawConn, p plan) error {
-	var err error
-	cerr := c.Control(func(fd uintptr) { err = d.options(int(fd), p) })
-	return errors.Join(cerr, err)
-}
-
+// options sets the options of a dial, all of which must be there before bind.
 func (d *Dialer) options(fd int, p plan) error {
 	if p.mark != 0 {
 		err := listen.SetOption(fd, "SO_MARK", unix.SOL_SOCKET, unix.SO_MARK, int(p.mark))
@@ -126,7 +112,7 @@ func (d *Dialer) options(fd int, p plan) error {
 			return err
 		}
 	}
-	return listen.SetCommon(fd)
+	return listen.SetKeepalive(fd)
 }
 
 // isCall reports whether err came from the system call.
