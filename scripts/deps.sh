@@ -19,7 +19,7 @@ packages_of() {
 	demo-pods) echo ca-certificates nginx-light curl iproute2 util-linux iptables podman runc conmon netavark catatonit busybox-static libcap2-bin ;;
 	vm) echo ca-certificates qemu-system-x86 debian-archive-keyring iproute2 iptables util-linux curl busybox-static ;;
 	vm-pods) echo ca-certificates qemu-system-x86 debian-archive-keyring podman netavark libcap2-bin ;;
-	bench) echo ca-certificates iproute2 iptables util-linux slirp4netns ;;
+	bench) echo ca-certificates iproute2 iptables util-linux slirp4netns haproxy nginx-light libnginx-mod-stream gnuplot-nox ;;
 	lint) echo ca-certificates shellcheck git ;;
 	generate) echo ca-certificates clang-14 llvm-14 libbpf-dev linux-libc-dev ;;
 	ci) echo make git ;;
@@ -31,6 +31,7 @@ packages_of() {
 program_of() {
 	case $1 in
 	nginx-light) echo nginx ;;
+	gnuplot-nox) echo gnuplot ;;
 	# Those of a user's own directory are not every user's.
 	nodejs) echo /usr/bin/node ;;
 	python3) echo /usr/bin/python3 ;;
@@ -47,7 +48,7 @@ program_of() {
 	netavark) echo /usr/lib/podman/netavark ;;
 	libcap2-bin) echo setcap ;;
 	llvm-14) echo llvm-strip-14 ;;
-	ca-certificates | debian-archive-keyring | libc6-dev | libbpf-dev | linux-libc-dev) ;;
+	ca-certificates | debian-archive-keyring | libc6-dev | libbpf-dev | linux-libc-dev | libnginx-mod-stream) ;;
 	*) echo "$1" ;;
 	esac
 }
@@ -113,7 +114,7 @@ if [[ -d /run/systemd/system ]]; then
 	for package in "${missing[@]}"; do
 		case $package in
 		nginx-light) units=nginx ;;
-		redis-server | postgresql) units=$package ;;
+		redis-server | postgresql | haproxy) units=$package ;;
 		openssh-server) units=ssh ;;
 		*) continue ;;
 		esac
