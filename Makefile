@@ -34,9 +34,9 @@ test-programs: ## other people's programs by pillion run of a user without right
 soak: ## ten minutes of everything at random, with checked invariants (root)
 	@scripts/soak.sh
 
-bench: ## set-up and bulk through Pillion beside direct, iptables REDIRECT and slirp4netns, as ratios (root)
+bench: ## its capture beside iptables REDIRECT and slirp4netns, its relay beside HAProxy and nginx, as ratios and bin/bench.png (root)
 	@scripts/deps.sh bench
-	@scripts/bench.sh
+	@scripts/bench.sh -plot bin/bench.png
 
 lint: ## golangci-lint and shellcheck
 	@scripts/lint.sh

@@ -7,6 +7,7 @@
 
 is_root || fail "the benchmark makes network namespaces and loads BPF programs: run it as root (sudo make bench)"
 need_go
+export PATH=$PATH:/usr/sbin:/sbin # Debian keeps some servers out of a user's PATH
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap : INT TERM # the benchmark cleans up, then this ends

@@ -26,6 +26,7 @@ type lab struct {
 	pillion string
 	cgroups string // where cgroup2 is mounted
 	server  *host
+	serving *exec.Cmd // the server itself
 	hosts   map[string]*host
 	undo    []func() error // in the order of doing
 }
@@ -34,6 +35,9 @@ type lab struct {
 type host struct {
 	lab     *lab
 	netns   string            // its name
+	number  int               // from 1 on, of those that are joined to the server
+	address string            // its own, IPv4
+	peer    string            // the device of the server that is joined to it
 	cgroup  string            // its path
 	server  map[string]string // the server's address as seen from here, by family; in brackets where IPv6
 	sidecar *exec.Cmd         // what carries; nil where nothing does
@@ -42,8 +46,8 @@ type host struct {
 	log     string            // what the sidecar prints
 }
 
-// newLab starts the server. What it returns must be closed, also beside an error.
-func newLab(ctx context.Context, pillion string) (*lab, error) {
+// newLab starts the server, which is a role of this program. What it returns must be closed, also beside an error.
+func newLab(ctx context.Context, pillion string, server ...string) (*lab, error) {
 	l := &lab{hosts: map[string]*host{}}
 	var err error
 	if l.cgroups, err = cgroup2(); err != nil {
@@ -67,7 +71,7 @@ func newLab(ctx context.Context, pillion string) (*lab, error) {
 	if l.server, err = l.newHost(ctx, "server"); err != nil {
 		return l, err
 	}
-	_, err = l.server.start(l.server.command(ctx, "app", l.self, "server"), true)
+	l.serving, err = l.server.start(l.server.command(ctx, "app", append([]string{l.self}, server...)...), true)
 	return l, err
 }
 
@@ -101,145 +105,68 @@ func (l *lab) newHost(ctx context.Context, label string) (*host, error) {
 	return h, err
 }
 
-// prepare makes the host of a subject and starts what the subject has.
-func (l *lab) prepare(ctx context.Context, subject string) error {
+// join makes the host of a subject, joined to the server.
+func (l *lab) join(ctx context.Context, subject string) (*host, error) {
 	h, err := l.newHost(ctx, subject)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	l.hosts[subject] = h
 	n := len(l.hosts)
+	h.number, h.address, h.peer = n, fmt.Sprintf("10.202.%d.1", n), fmt.Sprintf("bench%d", n)
 	h.server = map[string]string{"IPv4": fmt.Sprintf("10.202.%d.2", n), "IPv6": fmt.Sprintf("[fd2b:%d::2]", n)}
-	device := fmt.Sprintf("bench%d", n)
-	if err := ip(ctx, "link", "add", "eth0", "netns", h.netns, "type", "veth", "peer", "name", device, "netns", l.server.netns); err != nil {
-		return err
+	if err := ip(ctx, "link", "add", "eth0", "netns", h.netns, "type", "veth", "peer", "name", h.peer, "netns", l.server.netns); err != nil {
+		return nil, err
 	}
-	for i, end := range []struct{ netns, device string }{{h.netns, "eth0"}, {l.server.netns, device}} {
+	for i, end := range []struct{ netns, device string }{{h.netns, "eth0"}, {l.server.netns, h.peer}} {
 		for _, args := range [][]string{
 			{"addr", "add", fmt.Sprintf("10.202.%d.%d/24", n, i+1), "dev", end.device},
 			{"addr", "add", fmt.Sprintf("fd2b:%d::%d/64", n, i+1), "dev", end.device, "nodad"},
 			{"link", "set", end.device, "up"},
 		} {
 			if err := ip(ctx, append([]string{"-n", end.netns}, args...)...); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
-
-	switch subject {
-	case "redirect+relay":
-		for _, program := range []string{"iptables", "ip6tables"} {
-			err := h.run(ctx, "", program, "-w", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "!", "-o", "lo",
-				"-m", "owner", "!", "--uid-owner", strconv.Itoa(int(config.ProxyUID)),
-				"-j", "REDIRECT", "--to-ports", strconv.Itoa(int(config.PortOutbound)))
-			if err != nil {
-				return err
-			}
-		}
-		return h.startSidecar(ctx, true, l.self, "relay")
-	case "capture+relay":
-		if err := h.startSidecar(ctx, true, l.self, "relay", "-transparent"); err != nil {
-			return err
-		}
-		return h.capture(ctx)
-	case "pillion":
-		if err := h.startSidecar(ctx, false, l.pillion, "proxy", "--admin", "none", "--log-format", "json"); err != nil {
-			return err
-		}
-		return h.capture(ctx)
-	case "rootless":
-		return h.startRootless(ctx)
-	case "slirp4netns":
-		return h.startSlirp(ctx)
-	case "slirp4netns-64k":
-		return h.startSlirp(ctx, "--mtu=65520")
-	}
-	return nil
+	return h, nil
 }
 
-// startRootless has a user without rights run a command that does nothing; the clients go into its namespaces.
-func (h *host) startRootless(ctx context.Context) (err error) {
-	const nobody = "65534"
-	h.carried = true
-	h.sidecar, err = h.start(h.command(ctx, "", "setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all",
-		h.lab.pillion, "run", "--backend", "rootless", "--report", "none", "--", "sh", "-c", "echo ready; exec sleep 100000"), true)
-	if err != nil {
-		return err
-	}
-	pid := h.sidecar.Process.Pid
-	for _, what := range []string{"keeper", "command"} {
-		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+// redirect has iptables send to the sidecar what anybody but its user dials.
+func (h *host) redirect(ctx context.Context) error {
+	for _, program := range []string{"iptables", "ip6tables"} {
+		err := h.run(ctx, "", program, "-w", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "!", "-o", "lo",
+			"-m", "owner", "!", "--uid-owner", strconv.Itoa(int(config.ProxyUID)),
+			"-j", "REDIRECT", "--to-ports", strconv.Itoa(int(config.PortOutbound)))
 		if err != nil {
 			return err
 		}
-		var children []string
-		for _, file := range files {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				return err
-			}
-			children = append(children, strings.Fields(string(text))...)
-		}
-		if len(children) != 1 {
-			return fmt.Errorf("find the %s of `pillion run`: the processes below %d are %q", what, pid, children)
-		}
-		if pid, err = strconv.Atoi(children[0]); err != nil {
-			return err
-		}
 	}
-	h.enter(pid)
 	return nil
 }
 
-// enter has the clients run in the user and network namespace of a process.
-func (h *host) enter(pid int) {
-	h.through = []string{"nsenter", "--user", "--net", "--preserve-credentials", "--target", strconv.Itoa(pid)}
-}
-
-// startSlirp makes a user and a network namespace, and a stack in user space between it and the host's.
-func (h *host) startSlirp(ctx context.Context, flags ...string) error {
-	inner, err := h.start(h.command(ctx, "", "unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo ready; exec sleep 100000"), true)
-	if err != nil {
-		return err
-	}
-	ready, readyWriter, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer ready.Close()
-	args := append([]string{"slirp4netns", "--configure", "--enable-ipv6", "--ready-fd=3"}, flags...)
-	slirp := h.command(ctx, "", append(args, strconv.Itoa(inner.Process.Pid), "tap0")...)
-	slirp.ExtraFiles = []*os.File{readyWriter}
-	h.sidecar, err = h.start(slirp, false)
-	_ = readyWriter.Close()
-	if err != nil {
-		return err
-	}
-	if _, err := ready.Read(make([]byte, 1)); err != nil {
-		text, _ := os.ReadFile(h.log)
-		return fmt.Errorf("slirp4netns did not become ready: %w\n%s", err, text)
-	}
-	h.enter(inner.Process.Pid)
-	return nil
-}
-
-func (h *host) capture(ctx context.Context) error {
-	err := h.run(ctx, "", h.lab.pillion, "init", "--cgroup", h.cgroup)
+// capture has Pillion do the same for what is in the host's cgroup.
+func (h *host) capture(ctx context.Context, flags ...string) error {
+	err := h.run(ctx, "", append([]string{h.lab.pillion, "init", "--cgroup", h.cgroup}, flags...)...)
 	h.lab.undo = append(h.lab.undo, func() error {
 		return h.run(context.Background(), "", h.lab.pillion, "clean", "--cgroup", h.cgroup)
 	})
 	return err
 }
 
-// startSidecar starts a sidecar as its user is in a pod: uid 1666, CAP_NET_RAW and nothing else.
 func (h *host) startSidecar(ctx context.Context, saysReady bool, args ...string) (err error) {
-	id := strconv.Itoa(int(config.ProxyUID))
-	h.sidecar, err = h.start(h.command(ctx, "sidecar", append([]string{
-		"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--no-new-privs",
-		"--inh-caps=-all,+net_raw", "--ambient-caps=-all,+net_raw", "--bounding-set=-all,+net_raw",
-	}, args...)...), saysReady)
+	h.sidecar, err = h.start(h.sidecarCommand(ctx, args...), saysReady)
 	h.carried = true
 	return err
+}
+
+// sidecarCommand prepares a program as a sidecar is in a pod: uid 1666, CAP_NET_RAW and nothing else.
+func (h *host) sidecarCommand(ctx context.Context, args ...string) *exec.Cmd {
+	id := strconv.Itoa(int(config.ProxyUID))
+	return h.command(ctx, "sidecar", append([]string{
+		"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--no-new-privs",
+		"--inh-caps=-all,+net_raw", "--ambient-caps=-all,+net_raw", "--bounding-set=-all,+net_raw",
+	}, args...)...)
 }
 
 // command prepares a program in the namespace of the host and in a child of its cgroup; no child: in the caller's own.
@@ -293,33 +220,6 @@ func (h *host) start(cmd *exec.Cmd, saysReady bool) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// cpu is the time that the threads of the sidecar have spent on a processor, to the nanosecond (schedstat, in
-// Documentation/scheduler/sched-stats.rst of the kernel). It misses threads that have ended: Go's seldom do.
-func (h *host) cpu() (time.Duration, error) {
-	if h.sidecar == nil {
-		return 0, nil
-	}
-	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", h.sidecar.Process.Pid))
-	if err != nil || len(files) == 0 {
-		text, _ := os.ReadFile(h.log)
-		return 0, fmt.Errorf("the sidecar is gone: %w\n%s", err, text)
-	}
-	var sum time.Duration
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			return 0, err
-		}
-		onCPU, _, _ := strings.Cut(string(text), " ")
-		ns, err := strconv.ParseInt(onCPU, 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", file, err)
-		}
-		sum += time.Duration(ns)
-	}
-	return sum, nil
-}
-
 func ip(ctx context.Context, args ...string) error {
 	if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("ip %s: %w\n%s", strings.Join(args, " "), err, out)
@@ -343,15 +243,63 @@ func copyProgram(from, to string) error {
 	return os.WriteFile(to, content, 0o755)
 }
 
-// removeCgroup waits a little for the kernel to let go of the processes that were in it.
-func removeCgroup(dir string) (err error) {
-	for range 100 {
-		if err = syscall.Rmdir(dir); err == nil {
-			return nil
-		}
-		time.Sleep(20 * time.Millisecond)
+// removeCgroup ends what still runs in it: a program that was killed leaves its children behind.
+func removeCgroup(dir string) error {
+	if err := emptyCgroup(dir); err != nil {
+		return err
 	}
-	return fmt.Errorf("remove the cgroup %s: %w", dir, err)
+	err := eventually(func() (bool, error) { return syscall.Rmdir(dir) == nil, nil })
+	if err != nil {
+		return fmt.Errorf("remove the cgroup %s: %w", dir, err)
+	}
+	return nil
+}
+
+// emptyCgroup kills what is in it, and waits until it is gone.
+func emptyCgroup(dir string) error {
+	err := eventually(func() (bool, error) {
+		pids, err := processes(dir)
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
+		}
+		return len(pids) == 0, err
+	})
+	if err != nil {
+		return fmt.Errorf("kill what is in the cgroup %s: %w", dir, err)
+	}
+	return nil
+}
+
+// processes are those of a cgroup.
+func processes(cgroup string) ([]int, error) {
+	text, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, field := range strings.Fields(string(text)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
+
+// patience bounds every wait for a condition. It is no measure of anything: a wait that ends there has failed.
+const patience = 10 * time.Second
+
+// eventually waits for a condition.
+func eventually(cond func() (bool, error)) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		if ok, err := cond(); ok || err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("waited in vain for %s", patience)
+		}
+	}
 }
 
 func cgroup2() (string, error) {

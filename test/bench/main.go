@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command bench measures what it costs a connection to be captured: the time of connect(), the time to the first byte of
-// an answer, connections per second, the sidecar's CPU time for each, and how fast one connection carries bulk. It compares, in one run and in turns:
+// Command bench measures what Pillion costs, beside others and in turns with them. It has two parts.
+//
+// `capture` is about a connection that is captured: the time of connect(), the time to the first byte of an answer,
+// connections per second, the sidecar's CPU time for each, and how fast one connection carries bulk:
 //
 //	direct           nothing in between
 //	redirect+relay   iptables REDIRECT and a minimal relay of ours (goroutines and io.Copy, which splices)
@@ -11,14 +13,23 @@
 //	slirp4netns      a network stack in user space, as it starts by itself
 //	slirp4netns-64k  the same with the largest packets, which it carries best: as podman starts it
 //
+// `proxies` is about the relay of bytes: the proxy's CPU time for each exchange, exchanges per second and their latency, the
+// memory of connections, and the start:
+//
+//	direct           nothing in between
+//	haproxy          HAProxy behind iptables REDIRECT, towards the original destination, splicing by force
+//	nginx            nginx's stream module behind iptables REDIRECT, towards a fixed upstream
+//	pillion-redirect `pillion proxy` behind `pillion init --backend redirect`, which is iptables REDIRECT too
+//	pillion          `pillion proxy` behind the backend ebpf
+//
 // What always holds: each subject has a network namespace of its own, joined to one server, so that nothing is rebuilt
-// between rounds; no source port is used twice in one; a figure is never read alone but as a ratio to `direct`,
-// `redirect+relay`, `pillion` or the stacks in user space of the same round; and namespaces, cgroups and processes go when the run ends.
+// between rounds; no source port is used twice in one while its last use can be felt; a figure is never read alone but as a
+// ratio to a peer of the same run; and namespaces, cgroups and processes go when the run ends.
 package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -27,6 +38,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -36,63 +48,80 @@ func main() {
 	}
 }
 
+// roles are what the bench starts itself as.
+var roles = map[string]func(args []string, stdout io.Writer) error{
+	"client": clientRole, "server": serverRole, "relay": relayRole,
+	"load-client": loadClientRole, "load-server": loadServerRole, "launch": launchRole,
+}
+
 // run plays one of the roles of the program. Without one it is the bench itself, which starts the others.
 func run(args []string, stdout io.Writer) error {
-	role := ""
-	if len(args) > 0 && slices.Contains([]string{"client", "server", "relay"}, args[0]) {
-		role, args = args[0], args[1:]
+	if len(args) > 0 {
+		if role := roles[args[0]]; role != nil {
+			return role(args[1:], stdout)
+		}
 	}
-	flags := flag.NewFlagSet("bench "+role, flag.ContinueOnError)
-	switch role {
-	case "client":
-		var c client
-		flags.Int64Var(&c.bulk, "bulk", 0, "instead, let one connection carry so many bytes")
-		flags.StringVar(&c.target, "target", "", "address and port of the server")
-		flags.IntVar(&c.connections, "connections", 1, "how many connections to make")
-		flags.IntVar(&c.parallel, "parallel", 1, "how many at a time")
-		flags.BoolVar(&c.carried, "carried", false, "fail unless every connection comes by a sidecar; else fail if one does")
-		if err := flags.Parse(args); err != nil {
-			return err
+	c := captureBench{subjects: captureSubjects}
+	p := proxiesBench{subjects: proxySubjects, cases: proxyCases}
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	part := flags.String("part", "all", "what to measure: capture, proxies or all")
+	flags.StringVar(&c.pillion, "pillion", "bin/pillion", "the binary to measure")
+	flags.IntVar(&c.rounds, "rounds", 5, "rounds, each with every subject")
+	flags.IntVar(&c.connections, "connections", 300, "capture: connections of each subject, family and case in a round")
+	flags.Int64Var(&c.bulk, "bulk", 256<<20, "capture: bytes of a connection in the third case")
+	flags.IntVar(&c.parallel, "parallel", 16, "capture: connections at a time in the second case")
+	seconds := flags.Float64("seconds", 2, "proxies: length of a measurement")
+	flags.StringVar(&p.plot, "plot", "", "proxies: a PNG to draw the CPU times into, by gnuplot")
+	flags.Func("cases", "proxies: measure only these, separated by commas (default all: "+strings.Join(proxyCases, ",")+")", func(s string) (err error) {
+		p.cases, err = among(proxyCases, s)
+		return err
+	})
+	known := slices.Clone(captureSubjects)
+	for _, subject := range proxySubjects {
+		if !slices.Contains(known, subject) {
+			known = append(known, subject)
 		}
-		result, err := c.run()
-		if err != nil {
-			return err
-		}
-		return json.NewEncoder(stdout).Encode(result)
-	case "server":
-		return serve(stdout)
-	case "relay":
-		transparent := flags.Bool("transparent", false, "behind Pillion's capture; else behind REDIRECT")
-		if err := flags.Parse(args); err != nil {
-			return err
-		}
-		return relay(*transparent, stdout)
 	}
-
-	var b bench
-	flags.StringVar(&b.pillion, "pillion", "bin/pillion", "the binary to measure")
-	flags.IntVar(&b.rounds, "rounds", 5, "rounds, each with every subject")
-	flags.IntVar(&b.connections, "connections", 300, "connections of each subject, family and case in a round")
-	flags.Int64Var(&b.bulk, "bulk", 256<<20, "bytes of a connection in the third case")
-	flags.IntVar(&b.parallel, "parallel", 16, "connections at a time in the second case")
-	b.subjects = subjects
-	flags.Func("subjects", "measure only these, separated by commas (default all: "+strings.Join(subjects, ",")+")", func(s string) error {
-		b.subjects = strings.Split(s, ",")
-		for _, subject := range b.subjects {
-			if !slices.Contains(subjects, subject) {
-				return fmt.Errorf("%q is none of %v", subject, subjects)
-			}
-		}
-		return nil
+	flags.Func("subjects", "measure only these, separated by commas, in the parts that have them (default all: "+strings.Join(known, ",")+")", func(s string) error {
+		chosen, err := among(known, s)
+		other := func(subject string) bool { return !slices.Contains(chosen, subject) }
+		c.subjects = slices.DeleteFunc(slices.Clone(captureSubjects), other)
+		p.subjects = slices.DeleteFunc(slices.Clone(proxySubjects), other)
+		return err
 	})
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	results, err := b.measure(ctx)
-	if err != nil {
-		return err
+	if _, err := among([]string{"capture", "proxies", "all"}, *part); err != nil {
+		return fmt.Errorf("-part: %w", err)
 	}
-	return b.report(stdout, results)
+	if c.rounds < 1 || *seconds <= 0 {
+		return errors.New("-rounds, -seconds: must be positive")
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("network namespaces and BPF need root: sudo make bench")
+	}
+	p.pillion, p.rounds, p.window = c.pillion, c.rounds, time.Duration(*seconds*float64(time.Second))
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	if *part != "proxies" && len(c.subjects) > 0 {
+		if err := c.run(ctx, stdout); err != nil {
+			return err
+		}
+	}
+	if *part != "capture" && len(p.subjects) > 0 {
+		return p.run(ctx, stdout)
+	}
+	return nil
+}
+
+// among reads names that are separated by commas.
+func among(known []string, s string) ([]string, error) {
+	names := strings.Split(s, ",")
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return nil, fmt.Errorf("%q is none of %s", name, strings.Join(known, ", "))
+		}
+	}
+	return names, nil
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +18,15 @@ import (
 	"github.com/pillionproxy/pillion/config"
 	"golang.org/x/sys/unix"
 )
+
+func relayRole(args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("bench relay", flag.ContinueOnError)
+	transparent := flags.Bool("transparent", false, "behind Pillion's capture; else behind REDIRECT")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	return relay(*transparent, stdout)
+}
 
 // relay is the least that a sidecar can be: it accepts, learns the original destination, dials it and copies both ways.
 // It has no timeouts, limits, logs or metrics. Behind REDIRECT it asks conntrack for the destination; behind Pillion's

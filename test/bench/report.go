@@ -3,9 +3,7 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
-	"io"
 	"math"
 	"os"
 	"runtime"
@@ -13,67 +11,12 @@ import (
 	"strings"
 )
 
-// figure is one column: how to read it from a round, and what it is called.
-type figure struct {
-	name string
-	of   func(result) float64
-}
-
-// report writes Markdown: the median of the rounds, the least and the most, and the median of the ratios within each
-// round. A ratio is written only where both have the figure.
-func (b bench) report(w io.Writer, all results) error {
-	var out bytes.Buffer
-	fmt.Fprintf(&out, "%d rounds of %d connections; Linux %s, %d CPUs, %s. Client, sidecar and server share them.\n",
-		b.rounds, b.connections, kernel(), runtime.NumCPU(), runtime.Version())
-	for _, table := range []struct {
-		title   string
-		figures []figure
-	}{
-		{"One connection at a time, µs", []figure{
-			{"connect()", func(r result) float64 { return r.one.Connect }},
-			{"first byte", func(r result) float64 { return r.one.FirstByte }},
-		}},
-		{fmt.Sprintf("%d at a time", b.parallel), []figure{
-			{"connections/s", func(r result) float64 { return r.many.Rate }},
-			{"sidecar CPU, µs each", func(r result) float64 { return r.cpu }},
-		}},
-		{fmt.Sprintf("%d MB over one connection", b.bulk/1e6), []figure{
-			{"MB/s", func(r result) float64 { return r.bulk.Bulk }},
-			{"sidecar CPU, ms/GB", func(r result) float64 { return r.bulkCPU }},
-		}},
-	} {
-		fmt.Fprintf(&out, "\n### %s\n\n| family | subject |", table.title)
-		for _, f := range table.figures {
-			fmt.Fprintf(&out, " %s |", f.name)
-			for _, base := range bases {
-				fmt.Fprintf(&out, " × %s |", base.called)
-			}
-		}
-		fmt.Fprintf(&out, "\n|---|---|%s\n", strings.Repeat("---|", (1+len(bases))*len(table.figures)))
-		for _, family := range families {
-			for _, subject := range b.subjects {
-				fmt.Fprintf(&out, "| %s | %s |", family, subject)
-				for _, f := range table.figures {
-					rounds := column(all[key{subject, family}], f.of)
-					fmt.Fprintf(&out, " %s |", spread(rounds))
-					for _, base := range bases {
-						fmt.Fprintf(&out, " %s |", ratio(rounds, column(all[key{base.subject, family}], f.of)))
-					}
-				}
-				out.WriteByte('\n')
-			}
-		}
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	if len(sorted) == 0 {
+		return 0
 	}
-	_, err := w.Write(out.Bytes())
-	return err
-}
-
-func column(rounds []result, of func(result) float64) []float64 {
-	values := make([]float64, len(rounds))
-	for i, r := range rounds {
-		values[i] = of(r)
-	}
-	return values
+	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
 // spread is "median [least..most]", or nothing where nothing was measured.
@@ -98,10 +41,28 @@ func ratio(values, base []float64) string {
 	return fmt.Sprintf("%.2f", median(ratios))
 }
 
+// ratioOfMedians is that, and the least and the most of the ratios within a round.
+func ratioOfMedians(values, base []float64) string {
+	n := min(len(values), len(base))
+	if n == 0 || median(values) == 0 || median(base) == 0 {
+		return ""
+	}
+	ratios := make([]float64, n)
+	for i := range n {
+		ratios[i] = values[i] / base[i]
+	}
+	return fmt.Sprintf("%.2f [%.2f..%.2f]", median(values)/median(base), slices.Min(ratios), slices.Max(ratios))
+}
+
 // short writes three significant digits.
 func short(v float64) string {
 	digits := 2 - int(math.Floor(math.Log10(math.Max(v, 1e-3))))
 	return fmt.Sprintf("%.*f", min(max(digits, 0), 3), v)
+}
+
+// machine says where the figures come from.
+func machine() string {
+	return fmt.Sprintf("Linux %s, %d CPUs, %s. Client, sidecar and server share them.", kernel(), runtime.NumCPU(), runtime.Version())
 }
 
 func kernel() string {

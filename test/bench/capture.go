@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strconv"
@@ -15,18 +16,18 @@ import (
 	"github.com/pillionproxy/pillion/config"
 )
 
-// bench is one run.
-type bench struct {
+// captureBench measures what it costs a connection to be captured, from set-up to bulk, beside other ways to do it.
+type captureBench struct {
 	pillion     string
 	rounds      int
 	connections int
 	parallel    int
 	bulk        int64    // bytes
-	subjects    []string // those of subjects that are measured
+	subjects    []string // those of captureSubjects that are measured
 }
 
-// subjects are compared in this order.
-var subjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns", "slirp4netns-64k"}
+// captureSubjects are compared in this order.
+var captureSubjects = []string{"direct", "redirect+relay", "capture+relay", "pillion", "rootless", "slirp4netns", "slirp4netns-64k"}
 
 // bases are the subjects by which the others are divided, and how that is called.
 var bases = []struct{ subject, called string }{{"direct", "direct"}, {"redirect+relay", "redirect"}, {"pillion", "pillion"}, {"slirp4netns", "slirp"}, {"slirp4netns-64k", "slirp-64k"}}
@@ -49,21 +50,27 @@ type result struct {
 // results has one entry for each round.
 type results map[key][]result
 
-func (b bench) measure(ctx context.Context) (_ results, err error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("network namespaces and BPF need root: sudo make bench")
+// run measures and reports.
+func (b captureBench) run(ctx context.Context, stdout io.Writer) error {
+	results, err := b.measure(ctx)
+	if err != nil {
+		return err
 	}
+	return b.report(stdout, results)
+}
+
+func (b captureBench) measure(ctx context.Context) (_ results, err error) {
 	perFamily := (2*b.connections + 1) * (b.rounds + 1)
 	if most := config.DialOutbound.Len(); perFamily > most {
 		return nil, fmt.Errorf("%d connections to one destination: at most %d, so that no port of a sidecar is used twice", perFamily, most)
 	}
-	l, err := newLab(ctx, b.pillion)
+	l, err := newLab(ctx, b.pillion, "server")
 	defer func() { err = errors.Join(err, l.close()) }()
 	if err != nil {
 		return nil, err
 	}
 	for _, subject := range b.subjects {
-		if err := l.prepare(ctx, subject); err != nil {
+		if err := b.prepare(ctx, l, subject); err != nil {
 			return nil, fmt.Errorf("prepare %s: %w", subject, err)
 		}
 	}
@@ -86,7 +93,7 @@ func (b bench) measure(ctx context.Context) (_ results, err error) {
 	return all, nil
 }
 
-func (b bench) round(ctx context.Context, h *host, family string) (r result, err error) {
+func (b captureBench) round(ctx context.Context, h *host, family string) (r result, err error) {
 	if r.one, err = h.client(ctx, family, "-connections", strconv.Itoa(b.connections), "-parallel", "1"); err != nil {
 		return r, err
 	}
@@ -108,15 +115,14 @@ func (b bench) round(ctx context.Context, h *host, family string) (r result, err
 
 // spends is the CPU time that the sidecar spends meanwhile.
 func (h *host) spends(meanwhile func() error) (time.Duration, error) {
-	before, err := h.cpu()
+	before, err := settled(h.cpu)
 	if err != nil {
 		return 0, err
 	}
 	if err := meanwhile(); err != nil {
 		return 0, err
 	}
-	time.Sleep(50 * time.Millisecond) // the sidecar's share of the last closes
-	after, err := h.cpu()
+	after, err := settled(h.cpu)
 	return after - before, err
 }
 

@@ -5,12 +5,13 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,6 +38,24 @@ type sample struct {
 	FirstByte float64 `json:"first_byte_us"` // median time from before connect() to the first byte of the answer
 	Rate      float64 `json:"rate"`          // connections per second
 	Bulk      float64 `json:"bulk"`          // megabytes per second
+}
+
+func clientRole(args []string, stdout io.Writer) error {
+	var c client
+	flags := flag.NewFlagSet("bench client", flag.ContinueOnError)
+	flags.Int64Var(&c.bulk, "bulk", 0, "instead, let one connection carry so many bytes")
+	flags.StringVar(&c.target, "target", "", "address and port of the server")
+	flags.IntVar(&c.connections, "connections", 1, "how many connections to make")
+	flags.IntVar(&c.parallel, "parallel", 1, "how many at a time")
+	flags.BoolVar(&c.carried, "carried", false, "fail unless every connection comes by a sidecar; else fail if one does")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	result, err := c.run()
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(stdout).Encode(result)
 }
 
 func (c client) run() (sample, error) {
@@ -180,6 +199,8 @@ func retry(f func() error) error {
 	}
 }
 
+func serverRole(_ []string, stdout io.Writer) error { return serve(stdout) }
+
 // serve answers the first byte of each connection and closes it. It says so once it listens, and serves until it is killed.
 func serve(ready io.Writer) error {
 	l, err := plainTCP().Listen(context.Background(), "tcp", fmt.Sprintf("[::]:%d", serverPort))
@@ -226,12 +247,4 @@ func plainTCP() *net.ListenConfig {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // Go's default would make every listener an MPTCP one
 	return &lc
-}
-
-func median(values []float64) float64 {
-	sorted := slices.Sorted(slices.Values(values))
-	if len(sorted) == 0 {
-		return 0
-	}
-	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
