@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -147,11 +148,18 @@ func (h *host) redirect(ctx context.Context) error {
 
 // capture has Pillion do the same for what is in the host's cgroup.
 func (h *host) capture(ctx context.Context, flags ...string) error {
-	err := h.run(ctx, "", append([]string{h.lab.pillion, "init", "--cgroup", h.cgroup}, flags...)...)
+	return h.install(ctx, []string{"--cgroup", h.cgroup}, flags...)
+}
+
+// install has Pillion capture a cgroup, or without one the whole namespace, and give it back at the end.
+func (h *host) install(ctx context.Context, where []string, flags ...string) error {
+	if err := h.run(ctx, "", slices.Concat([]string{h.lab.pillion, "init"}, where, flags)...); err != nil {
+		return err
+	}
 	h.lab.undo = append(h.lab.undo, func() error {
-		return h.run(context.Background(), "", h.lab.pillion, "clean", "--cgroup", h.cgroup)
+		return h.run(context.Background(), "", append([]string{h.lab.pillion, "clean"}, where...)...)
 	})
-	return err
+	return nil
 }
 
 func (h *host) startSidecar(ctx context.Context, saysReady bool, args ...string) (err error) {

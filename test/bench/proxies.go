@@ -181,8 +181,8 @@ func (p *proxied) measure(ctx context.Context, b proxiesBench, kase, subject str
 
 // explain adds to an error what was behind it: the proxy's end, if that came first, and what was printed.
 func (p *proxied) explain(ctx, running context.Context, err error) error {
-	if ctx.Err() == nil && running.Err() != nil {
-		err = context.Cause(running)
+	if cause := context.Cause(running); ctx.Err() == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause
 	}
 	for _, log := range []string{p.log, p.lab.server.log} {
 		if text, _ := os.ReadFile(log); len(text) > 0 {

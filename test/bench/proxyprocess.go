@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/pillionproxy/pillion/config"
@@ -24,6 +25,8 @@ type process struct {
 	cmd   *exec.Cmd
 	began int64 // by CLOCK_MONOTONIC, when it was executed
 	ended chan struct{}
+
+	stopping atomic.Bool
 }
 
 // start starts the proxy of a host; nil where it has none. The context that it returns ends with the proxy. stop ends it.
@@ -53,7 +56,11 @@ func (p *proxied) start(ctx context.Context) (_ *process, _ context.Context, err
 	}
 	go func() {
 		_ = r.cmd.Wait() // its error is what the state says
-		ends(fmt.Errorf("%s ended: %s", p.program[0], r.cmd.ProcessState))
+		if r.stopping.Load() {
+			ends(nil)
+		} else {
+			ends(fmt.Errorf("%s ended by itself: %s", p.program[0], r.cmd.ProcessState))
+		}
 		close(r.ended)
 	}()
 	text, err := io.ReadAll(said)
@@ -71,6 +78,7 @@ func (r *process) stop() error {
 	if r == nil {
 		return nil
 	}
+	r.stopping.Store(true)
 	err := emptyCgroup(filepath.Join(r.host.cgroup, "sidecar"))
 	if err == nil {
 		<-r.ended

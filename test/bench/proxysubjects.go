@@ -20,7 +20,7 @@ const loadPort = 8081
 
 // appNetwork holds the addresses that the app dials from: a /16 for each host, of which each client gets a /24. A peer
 // dials from the address of the host's device, so that no port of the app is one of its own; see perSource.
-var appNetwork = netip.MustParsePrefix("10.128.0.0/9")
+var appNetwork = netip.MustParsePrefix("10.64.0.0/10")
 
 // proxied is the host of a subject.
 type proxied struct {
@@ -56,15 +56,14 @@ func (b proxiesBench) prepare(ctx context.Context, l *lab, subject string) (*pro
 		}
 		return p, h.redirect(ctx)
 	case pillionRedirect, pillion:
-		// Connections are logged at info. `closed` fails at once where `hold` would have the client wait for a proxy that died.
+		// Connections are logged at info.
 		p.program = []string{l.pillion, "proxy", "--log-level", "warn", "--log-format", "json"}
-		flags := []string{"--on-proxy-down", "closed"}
-		if subject == pillionRedirect {
-			flags = append(flags, "--backend", "redirect")
-		} else {
-			flags = append(flags, "--backend", "ebpf")
+		// Connections fail at once where by `hold` they would wait for a proxy that is not there yet, or has died.
+		closed := []string{"--on-proxy-down", "closed"}
+		if subject == pillion {
+			return p, h.capture(ctx, closed...)
 		}
-		return p, h.capture(ctx, flags...)
+		return p, h.install(ctx, nil, append(closed, "--backend", "redirect")...)
 	}
 	return p, nil
 }
