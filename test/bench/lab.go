@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/pillionproxy/pillion/config"
+	"golang.org/x/sys/unix"
 )
 
 // lab is one server and a host for each subject, joined to it by a veth pair each.
@@ -50,7 +51,11 @@ type host struct {
 // newLab starts the server, which is a role of this program. What it returns must be closed, also beside an error.
 func newLab(ctx context.Context, pillion string, server ...string) (*lab, error) {
 	l := &lab{hosts: map[string]*host{}}
-	var err error
+	// The children of a program that is killed become ours; a container's init may not wait for them.
+	err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+	if err != nil {
+		return l, err
+	}
 	if l.cgroups, err = cgroup2(); err != nil {
 		return l, err
 	}
@@ -82,7 +87,14 @@ func (l *lab) close() error {
 	for i := len(l.undo) - 1; i >= 0; i-- {
 		errs = append(errs, l.undo[i]())
 	}
-	return errors.Join(errs...)
+	// What programs left behind that were killed; ours have all been waited for.
+	for {
+		if pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err == unix.EINTR {
+			continue
+		} else if err != nil || pid == 0 {
+			return errors.Join(errs...)
+		}
+	}
 }
 
 func (l *lab) newHost(ctx context.Context, label string) (*host, error) {

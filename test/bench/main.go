@@ -102,14 +102,20 @@ func run(args []string, stdout io.Writer) error {
 		return errors.New("network namespaces and BPF need root: sudo make bench")
 	}
 	p.pillion, p.rounds, p.window = c.pillion, c.rounds, time.Duration(*seconds*float64(time.Second))
+	captures, proxies := *part != "proxies" && len(c.subjects) > 0, *part != "capture" && len(p.subjects) > 0
+	if proxies {
+		if err := p.check(); err != nil {
+			return err
+		}
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	if *part != "proxies" && len(c.subjects) > 0 {
+	if captures {
 		if err := c.run(ctx, stdout); err != nil {
 			return err
 		}
 	}
-	if *part != "capture" && len(p.subjects) > 0 {
+	if proxies {
 		return p.run(ctx, stdout)
 	}
 	return nil

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -71,9 +72,6 @@ type proxyResults struct {
 
 // run measures, reports and plots.
 func (b proxiesBench) run(ctx context.Context, stdout io.Writer) error {
-	if err := b.check(); err != nil {
-		return err
-	}
 	results, err := b.measure(ctx)
 	if err != nil {
 		return err
@@ -82,6 +80,14 @@ func (b proxiesBench) run(ctx context.Context, stdout io.Writer) error {
 		return err
 	}
 	return b.draw(ctx, results)
+}
+
+// missing adds to the error of a search for a program how to get it.
+func missing(err error) error {
+	if err != nil {
+		return fmt.Errorf("%w: scripts/deps.sh bench installs it", err)
+	}
+	return nil
 }
 
 // check finds what would fail later.
@@ -97,10 +103,14 @@ func (b proxiesBench) check() error {
 		return fmt.Errorf("idle: a proxy needs %d file descriptors for %d connections, and the hard limit is %d: raise it (ulimit -Hn), or leave the case out (-cases)",
 			need, slices.Max(held), limit)
 	}
-	if b.plot != "" && !slices.Contains(b.subjects, haproxy) {
+	if b.plot == "" {
+		return nil
+	}
+	if !slices.Contains(b.subjects, haproxy) {
 		return fmt.Errorf("-plot: the plot is in relation to %s, which is not measured", haproxy)
 	}
-	return nil
+	_, err = exec.LookPath("gnuplot")
+	return missing(err)
 }
 
 func (b proxiesBench) measure(ctx context.Context) (_ proxyResults, err error) {
@@ -118,18 +128,34 @@ func (b proxiesBench) measure(ctx context.Context) (_ proxyResults, err error) {
 	}
 	for round := range b.rounds {
 		for _, kase := range b.cases {
-			for range b.repeats(kase, round) {
-				for i := range b.subjects {
-					subject := b.subjects[(i+round)%len(b.subjects)] // nobody is always the first
-					fmt.Fprintf(os.Stderr, "round %d of %d, %s: %s\n", round+1, b.rounds, kase, subject)
-					if err := hosts[subject].measure(ctx, b, kase, subject, all); err != nil {
-						return all, fmt.Errorf("%s, %s: %w", kase, subject, err)
-					}
-				}
+			fmt.Fprintf(os.Stderr, "round %d of %d, %s:", round+1, b.rounds, kase)
+			err := b.turns(kase, round, func(subject string) error {
+				fmt.Fprint(os.Stderr, " ", subject)
+				return hosts[subject].measure(ctx, b, kase, subject, all)
+			})
+			fmt.Fprintln(os.Stderr)
+			if err != nil {
+				return all, err
 			}
 		}
 	}
 	return all, nil
+}
+
+// turns calls measure for each subject, as often as the case is measured in a round.
+func (b proxiesBench) turns(kase string, round int, measure func(subject string) error) error {
+	for range b.repeats(kase, round) {
+		for i := range b.subjects {
+			subject := b.subjects[(i+round)%len(b.subjects)] // nobody is always the first
+			if subject == direct && loads[kase] == nil {
+				continue // no proxy: no memory and no start
+			}
+			if err := measure(subject); err != nil {
+				return fmt.Errorf("%s, %s: %w", kase, subject, err)
+			}
+		}
+	}
+	return nil
 }
 
 // repeats is how often a case is measured in a round. All starts are in as many rounds as there are.
@@ -142,9 +168,6 @@ func (b proxiesBench) repeats(kase string, round int) int {
 
 // measure measures a case once, with a proxy that was just started: nothing of another case is in its memory.
 func (p *proxied) measure(ctx context.Context, b proxiesBench, kase, subject string, all proxyResults) (err error) {
-	if p.program == nil && loads[kase] == nil {
-		return nil // no proxy: no memory and no start
-	}
 	record := func(figure string, value float64) {
 		c := cell{kase, figure, subject}
 		all.values[c] = append(all.values[c], value)
@@ -152,7 +175,7 @@ func (p *proxied) measure(ctx context.Context, b proxiesBench, kase, subject str
 	running := ctx
 	defer func() {
 		if err != nil {
-			err = p.explain(ctx, running, err)
+			err = p.explain(running, err)
 		}
 	}()
 	if kase == start {
@@ -179,9 +202,9 @@ func (p *proxied) measure(ctx context.Context, b proxiesBench, kase, subject str
 	return err
 }
 
-// explain adds to an error what was behind it: the proxy's end, if that came first, and what was printed.
-func (p *proxied) explain(ctx, running context.Context, err error) error {
-	if cause := context.Cause(running); ctx.Err() == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+// explain puts what was behind an error in its place, the proxy's end or a signal to us, and adds what was printed.
+func (p *proxied) explain(running context.Context, err error) error {
+	if cause := context.Cause(running); cause != nil && !errors.Is(cause, errStopped) {
 		err = cause
 	}
 	for _, log := range []string{p.log, p.lab.server.log} {

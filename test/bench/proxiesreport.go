@@ -80,7 +80,7 @@ func (b proxiesBench) report(w io.Writer, all proxyResults) error {
 	return err
 }
 
-// resent says what was sent twice: where it is much, the latencies are those of TCP's timers.
+// resent says what was sent twice; see retransmits.
 func (b proxiesBench) resent(all proxyResults) string {
 	var found []string
 	for _, kase := range b.cases {

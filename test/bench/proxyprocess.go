@@ -29,6 +29,8 @@ type process struct {
 	stopping atomic.Bool
 }
 
+var errStopped = errors.New("the proxy was stopped")
+
 // start starts the proxy of a host; nil where it has none. The context that it returns ends with the proxy. stop ends it.
 func (p *proxied) start(ctx context.Context) (_ *process, _ context.Context, err error) {
 	if p.program == nil {
@@ -57,7 +59,7 @@ func (p *proxied) start(ctx context.Context) (_ *process, _ context.Context, err
 	go func() {
 		_ = r.cmd.Wait() // its error is what the state says
 		if r.stopping.Load() {
-			ends(nil)
+			ends(errStopped)
 		} else {
 			ends(fmt.Errorf("%s ended by itself: %s", p.program[0], r.cmd.ProcessState))
 		}

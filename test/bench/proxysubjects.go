@@ -88,7 +88,7 @@ func (p *proxied) sources() netip.Prefix {
 func (p *proxied) peer(program string, configuration *template.Template, args ...string) ([]string, error) {
 	path, err := exec.LookPath(program)
 	if err != nil {
-		return nil, fmt.Errorf("%w: scripts/deps.sh bench installs it", err)
+		return nil, missing(err)
 	}
 	limit, err := openFiles()
 	if err != nil {

@@ -113,8 +113,9 @@ func field(file, name string) (int64, error) {
 	return 0, fmt.Errorf("%s: no %s", file, name)
 }
 
-// retransmits count TCP segments that a network namespace sent again. Nothing is lost on a veth pair: each of them is a
-// SYN that met the remains of another connection, or a queue that was full, and a client that waited for it.
+// retransmits count TCP segments that a network namespace sent again. A veth pair loses nothing but what its receiver's
+// queue has no room for, which is bulk. A SYN is sent again after a second, when it met what another connection has left:
+// where that happens, the exchanges of `new` are not those that were meant.
 type retransmits struct {
 	segments int64
 	syns     int64 // those of them that were SYNs or SYN+ACKs
