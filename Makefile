@@ -34,7 +34,7 @@ test-programs: ## other people's programs by pillion run of a user without right
 soak: ## ten minutes of everything at random, with checked invariants (root)
 	@scripts/soak.sh
 
-bench: ## its capture beside iptables REDIRECT and slirp4netns, its relay beside HAProxy and nginx, as ratios and bin/bench.png (root)
+bench: ## Pillion's capture beside iptables REDIRECT and slirp4netns, its relay beside HAProxy and nginx: ratios, and bin/bench.png (root)
 	@scripts/deps.sh bench
 	@scripts/bench.sh -plot bin/bench.png
 
