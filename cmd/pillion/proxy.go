@@ -10,10 +10,12 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/pillionproxy/pillion/config"
 	"github.com/pillionproxy/pillion/proxy"
 	"github.com/pillionproxy/pillion/proxy/lifecycle"
+	"github.com/pillionproxy/pillion/proxy/telemetry"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -52,7 +54,9 @@ for --connect-timeout.`,
 			if err := invalid(cfg.Validate()); err != nil {
 				return err
 			}
-			return runProxy(cmd.Context(), cfg, newLogger(e.stderr, cfg.LogFormat, cfg.LogLevel))
+			log, flush := newQueuedLogger(e.stderr, cfg.LogFormat, cfg.LogLevel)
+			defer flush()
+			return runProxy(cmd.Context(), cfg, log)
 		},
 	}
 	f := cmd.Flags()
@@ -85,11 +89,26 @@ func runProxy(ctx context.Context, cfg config.Proxy, log *slog.Logger) error {
 
 // newLogger writes to w as --log-format says.
 func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
+	return newLoggerTo(w, format == "text" || format == "auto" && isTerminal(w), level)
+}
+
+func newLoggerTo(w io.Writer, text bool, level slog.Level) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
-	if format == "text" || format == "auto" && isTerminal(w) {
+	if text {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
 	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// flushing is how long the end waits for somebody who reads our messages slowly.
+const flushing = time.Second
+
+// newQueuedLogger is newLogger for those who must not wait until somebody has read what they say, as a sidecar. flush is to be
+// called at the end.
+func newQueuedLogger(w io.Writer, format string, level slog.Level) (log *slog.Logger, flush func()) {
+	queue := telemetry.NewQueue(w, func(lines int) { log.Warn("lines of this log were dropped: they were not read in time", "lines", lines) })
+	log = newLoggerTo(queue, format == "text" || format == "auto" && isTerminal(w), level)
+	return log, func() { queue.Flush(flushing) }
 }
 
 func isTerminal(w io.Writer) bool {

@@ -13,9 +13,9 @@ import (
 	"github.com/pillionproxy/pillion/proxy/telemetry"
 )
 
-// recorder keeps the connections of a command. It is a telemetry.Observer.
+// recorder keeps the connections of a command. It is a telemetry.Observer, and as such must not wait for who reads what it says.
 type recorder struct {
-	w      io.Writer
+	w      *telemetry.Queue
 	follow bool
 
 	mu      sync.Mutex
@@ -29,7 +29,9 @@ type recorder struct {
 const recorded = 10000
 
 func newRecorder(w io.Writer, follow bool) *recorder {
-	return &recorder{w: w, follow: follow, open: make(map[uint64]telemetry.Connection)}
+	r := &recorder{follow: follow, open: make(map[uint64]telemetry.Connection)}
+	r.w = telemetry.NewQueue(w, func(lines int) { fmt.Fprintf(r.w, "pillion: %d lines were dropped: they were not read in time\n", lines) })
+	return r
 }
 
 // begin ends the time in which connections are those of our own proofs.
@@ -75,8 +77,9 @@ type report struct {
 	Omitted     int                    `json:"omitted"` // closed connections that were not kept
 }
 
-// connections are those seen so far, in the order of their opening.
+// connections are those seen so far, in the order of their opening. What was said of them is written.
 func (r *recorder) connections() report {
+	r.w.Flush(flushing)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := slices.Clone(r.closed)

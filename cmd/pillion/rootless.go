@@ -39,7 +39,9 @@ func runRootless(e *env, o runOptions, args []string, flags *pflag.FlagSet) erro
 	}
 	log := slog.New(slog.DiscardHandler)
 	if o.verbose {
-		log = newLogger(e.stderr, "text", slog.LevelInfo)
+		var flush func()
+		log, flush = newQueuedLogger(e.stderr, "text", slog.LevelInfo)
+		defer flush()
 	}
 	kept, err := keep(e, o.mapRoot)
 	if err != nil {

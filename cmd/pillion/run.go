@@ -133,7 +133,9 @@ func runCommand(ctx context.Context, e *env, o runOptions, args []string) (err e
 
 	log := slog.New(slog.DiscardHandler)
 	if o.verbose {
-		log = newLogger(e.stderr, "text", slog.LevelInfo)
+		var flush func()
+		log, flush = newQueuedLogger(e.stderr, "text", slog.LevelInfo)
+		defer flush()
 	}
 	seen := newRecorder(e.stderr, o.report.follow)
 	sidecar := &embedded{cfg: o.proxy, log: log, seen: seen}

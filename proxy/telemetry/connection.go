@@ -32,8 +32,8 @@ type Connection struct {
 	DialTime    time.Duration  `json:"dial_time_ns,omitempty"` // what the dial took; zero if none succeeded
 }
 
-// Observer is told of connections as they come and go. Its methods are called from the goroutines that carry the
-// connections, many at a time; a slow observer slows the connections.
+// Observer is told of connections as they come and go. Its methods are called from the event loops that carry the
+// connections, several at a time, and must not wait.
 type Observer interface {
 	Opened(Connection)
 	Closed(Connection)
