@@ -106,7 +106,9 @@ const flushing = time.Second
 // newQueuedLogger is newLogger for those who must not wait until somebody has read what they say, as a sidecar. flush is to be
 // called at the end.
 func newQueuedLogger(w io.Writer, format string, level slog.Level) (log *slog.Logger, flush func()) {
-	queue := telemetry.NewQueue(w, func(lines int) { log.Warn("lines of this log were dropped: they were not read in time", "lines", lines) })
+	queue := telemetry.NewQueue(w, func(lines int) {
+		log.Warn("lines of this log were dropped: they were not read in time", "lines", lines)
+	})
 	log = newLoggerTo(queue, format == "text" || format == "auto" && isTerminal(w), level)
 	return log, func() { queue.Flush(flushing) }
 }

@@ -30,7 +30,9 @@ const recorded = 10000
 
 func newRecorder(w io.Writer, follow bool) *recorder {
 	r := &recorder{follow: follow, open: make(map[uint64]telemetry.Connection)}
-	r.w = telemetry.NewQueue(w, func(lines int) { fmt.Fprintf(r.w, "pillion: %d lines were dropped: they were not read in time\n", lines) })
+	r.w = telemetry.NewQueue(w, func(lines int) {
+		fmt.Fprintf(r.w, "pillion: %d lines were dropped: they were not read in time\n", lines)
+	})
 	return r
 }
 
