@@ -19,8 +19,8 @@ type Conn struct {
 }
 
 // accepted finds out about a connection that was accepted at the port.
-func accepted(conn *loop.Conn, port uint16) *Conn {
-	c := &Conn{Conn: conn, local: conn.Local(), remote: conn.Remote()}
+func accepted(conn *loop.Conn, from netip.AddrPort, port uint16) *Conn {
+	c := &Conn{Conn: conn, local: conn.Local(), remote: from}
 	c.v6 = c.local.Addr().Is6()
 	c.findDestination(port)
 	return c

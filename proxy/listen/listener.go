@@ -258,7 +258,7 @@ type Accepter interface {
 // Serve accepts from now on, until Close. It is called once; after an error the listener is to be closed.
 func (l *Listener) Serve(g *loop.Group, a Accepter) error {
 	for _, s := range l.sockets {
-		serving, err := g.Serve(s, func(c *loop.Conn) { a.Accepted(accepted(c, l.port)) }, a.Failing)
+		serving, err := g.Serve(s, func(c *loop.Conn, from netip.AddrPort) { a.Accepted(accepted(c, from, l.port)) }, a.Failing)
 		if err != nil {
 			return fmt.Errorf("accept connections: %w", err)
 		}

@@ -135,6 +135,29 @@ func TestAcceptedConnectionsInheritEverything(t *testing.T) {
 	}
 }
 
+// TestAddressesOfAClientThatIsGone: a connection that was reset before it was accepted has lost its peer's address. A dial from no
+// address would be one from whichever the kernel likes.
+func TestAddressesOfAClientThatIsGone(t *testing.T) {
+	needRoot(t)
+	l := mustOpen(t, 0)
+	want := map[[2]netip.AddrPort]bool{}
+	for _, addr := range loopbacks {
+		if addr.Is6() && !l.HasIPv6() {
+			continue
+		}
+		far := dial(t, addr, l.Port())
+		want[[2]netip.AddrPort{addrPort(far.LocalAddr()), addrPort(far.RemoteAddr())}] = true
+		_ = far.SetLinger(0)
+		_ = far.Close()
+	}
+	in := serve(t, l)
+	for range want {
+		if c := <-in.conns; !want[[2]netip.AddrPort{c.Remote(), c.Local()}] {
+			t.Errorf("from %s to %s, want one of %v", c.Remote(), c.Local(), want)
+		}
+	}
+}
+
 // TestWhoComesBeforeServeInheritsEverythingToo: the kernel makes connections from when a listener is opened.
 func TestWhoComesBeforeServeInheritsEverythingToo(t *testing.T) {
 	needRoot(t)

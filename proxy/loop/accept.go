@@ -4,6 +4,7 @@ package loop
 
 import (
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -25,17 +26,17 @@ type Listener struct {
 	loop     *Loop
 	fd       int32
 	slot     int32
-	accepted func(*Conn)
+	accepted func(c *Conn, from netip.AddrPort)
 	failing  func(error)
 	retry    timer
 	paused   bool
 	closed   bool
 }
 
-// Serve accepts connections, each for the loop with the fewest. accepted is called there and must not wait: to Start a handler is
-// what it is for. failing is told that none can be accepted now, for want of descriptors or memory, at least every 100 ms while that
+// Serve accepts connections, each for the loop with the fewest. accepted is called there, with the peer's address, which a connection
+// that was reset already has lost (Conn.Remote). It must not wait: to Start a handler is what it is for. failing is told that none can be accepted now, for want of descriptors or memory, at least every 100 ms while that
 // is so. The listener is taken over: nobody may use l afterwards. It is one of TCP alone (net.ListenConfig.SetMultipathTCP).
-func (g *Group) Serve(l *net.TCPListener, accepted func(*Conn), failing func(error)) (*Listener, error) {
+func (g *Group) Serve(l *net.TCPListener, accepted func(c *Conn, from netip.AddrPort), failing func(error)) (*Listener, error) {
 	fd, err := takeDescriptor(l)
 	if err != nil {
 		return nil, err
@@ -99,7 +100,7 @@ func (s *Listener) Close() {
 func (s *Listener) accept() {
 	g := s.loop.group
 	for range acceptBatch {
-		fd, errno := accept(s.fd)
+		fd, from, errno := accept(s.fd)
 		if errno == unix.EINTR || errno == unix.ECONNABORTED {
 			continue
 		}
@@ -112,33 +113,39 @@ func (s *Listener) accept() {
 		}
 		to := g.freest()
 		to.open.Add(1) // here, or the next would come to the same
-		to.arriving = append(to.arriving, fd)
+		to.arriving = append(to.arriving, arrival{fd, from})
 	}
 	for _, to := range g.loops {
-		fds := to.arriving
-		if len(fds) == 0 {
+		all := to.arriving
+		if len(all) == 0 {
 			continue
 		}
 		if to == s.loop {
-			s.arrive(to, fds)
-			to.arriving = fds[:0]
+			s.arrive(to, all)
+			to.arriving = all[:0]
 			continue
 		}
 		to.arriving = nil
-		if !to.Post(func() { s.arrive(to, fds) }) {
-			to.open.Add(-int32(len(fds)))
-			for _, fd := range fds {
-				closeDescriptor(fd)
+		if !to.Post(func() { s.arrive(to, all) }) {
+			to.open.Add(-int32(len(all)))
+			for _, a := range all {
+				closeDescriptor(a.fd)
 			}
 		}
 	}
 }
 
+// arrival is a connection on its way from the first loop, which has accepted it, to its own.
+type arrival struct {
+	fd   int32
+	from netip.AddrPort
+}
+
 // arrive makes connections of descriptors, on their loop, and hands them over.
-func (s *Listener) arrive(l *Loop, fds []int32) {
-	for _, fd := range fds {
-		if c, err := l.arrive(fd, 0); err == nil {
-			l.call(func() { s.accepted(c) })
+func (s *Listener) arrive(l *Loop, all []arrival) {
+	for _, a := range all {
+		if c, err := l.arrive(a.fd, 0); err == nil {
+			l.call(func() { s.accepted(c, a.from) })
 		} // else the group was aborted, or there is no memory: it was reset
 	}
 }

@@ -115,6 +115,7 @@ func TestDialErrors(t *testing.T) {
 	}{
 		"refused":       {loop.Dial{Remote: netip.AddrPortFrom(closed.Addr(), 1)}, unix.ECONNREFUSED},
 		"not ours":      {loop.Dial{Remote: closed, Local: netip.MustParseAddrPort("192.0.2.1:0")}, unix.EADDRNOTAVAIL},
+		"no address":    {loop.Dial{Remote: closed, Local: netip.AddrPortFrom(netip.Addr{}, 20000)}, unix.EINVAL},
 		"other family":  {loop.Dial{Remote: closed, Local: netip.MustParseAddrPort("[::1]:0")}, unix.EAFNOSUPPORT},
 		"timeout":       {loop.Dial{Remote: full, Until: 1}, loop.ErrTimeout},
 		"option":        {loop.Dial{Remote: closed, Bound: func(int) error { return unix.EPERM }}, unix.EPERM},

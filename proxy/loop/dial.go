@@ -63,8 +63,12 @@ func (d *Dial) socket() (_ int32, err error) {
 			return -1, err
 		}
 	}
-	if d.Local.IsValid() {
-		if err := unix.Bind(fd, Sockaddr(d.Local)); err != nil {
+	if d.Local != (netip.AddrPort{}) {
+		err := error(unix.EINVAL) // to be bound to a port at no address
+		if d.Local.IsValid() {
+			err = unix.Bind(fd, Sockaddr(d.Local))
+		}
+		if err != nil {
 			return -1, os.NewSyscallError("bind", err)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -73,7 +74,7 @@ func Example() {
 		return
 	}
 	address := listener.Addr().String()
-	serving, err := group.Serve(listener.(*net.TCPListener), func(c *loop.Conn) {
+	serving, err := group.Serve(listener.(*net.TCPListener), func(c *loop.Conn, _ netip.AddrPort) {
 		c.State = new(greeter)
 		c.Handle(greet)
 	}, func(err error) { fmt.Println(err) })

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -93,7 +94,7 @@ func (l *lab) listen(accepted func(*loop.Conn), failing func(error)) string {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	s, err := l.Serve(tcp.(*net.TCPListener), accepted, failing)
+	s, err := l.Serve(tcp.(*net.TCPListener), func(c *loop.Conn, _ netip.AddrPort) { accepted(c) }, failing)
 	if err != nil {
 		l.t.Fatal(err)
 	}

@@ -49,7 +49,7 @@ type Loop struct {
 	vacant    []uint32
 	lastGen   uint32
 	listeners []*Listener
-	arriving  []int32 // accepted for this loop, by the first one, whose they are until it hands them over
+	arriving  []arrival // accepted for this loop, by the first one, whose they are until it hands them over
 	all       []*coroutine
 
 	wheel      wheel

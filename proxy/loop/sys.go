@@ -32,9 +32,22 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 	return int(n), errno
 }
 
-func accept(fd int32) (int32, unix.Errno) {
-	n, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
-	return int32(n), errno
+// accept takes a connection and the address of its peer, for which it is too late to ask once the peer has reset it.
+func accept(fd int32) (int32, netip.AddrPort, unix.Errno) {
+	var sa unix.RawSockaddrInet6 // has room for the other family
+	size := uint32(unsafe.Sizeof(sa))
+	n, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
+		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	if errno != 0 {
+		return -1, netip.AddrPort{}, errno
+	}
+	port := *(*[2]byte)(unsafe.Pointer(&sa.Port)) // network order
+	from := unix.Sockaddr(&unix.SockaddrInet6{Port: int(port[0])<<8 | int(port[1]), ZoneId: sa.Scope_id, Addr: sa.Addr})
+	if sa.Family == unix.AF_INET {
+		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&sa))
+		from = &unix.SockaddrInet4{Port: int(port[0])<<8 | int(port[1]), Addr: v4.Addr}
+	}
+	return int32(n), AddrPort(from), 0
 }
 
 // connect begins to connect. It is raw too: towards a peer of this host it is the whole handshake, and takes its time.

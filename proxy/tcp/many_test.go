@@ -157,7 +157,7 @@ func (m *many) relay(to netip.AddrPort, idle time.Duration) string {
 	l := listenPlain(m.t)
 	at := l.Addr().String()
 	var sent, received atomic.Uint64
-	serving, err := m.loops.Serve(l, func(c *loop.Conn) {
+	serving, err := m.loops.Serve(l, func(c *loop.Conn, _ netip.AddrPort) {
 		m.carry.Add(1)
 		c.Start(func(c *loop.Conn) {
 			u, err := c.Loop().Dial(loop.Dial{Remote: to})
