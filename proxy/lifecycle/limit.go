@@ -2,11 +2,19 @@
 
 package lifecycle
 
-import "golang.org/x/sys/unix"
+import (
+	"runtime"
 
-// reserve is how many descriptors are not for connections: listeners, metrics and admin clients, the logs, pipes, the runtime's
-// epoll, and those needed to accept a connection only to reset it.
-const reserve = 96
+	"golang.org/x/sys/unix"
+)
+
+// reserve is how many descriptors are not for connections: listeners, metrics and admin clients, the logs, the runtime's epoll, and
+// those needed to accept a connection only to reset it; and, with one event loop for each processor, two for each loop, and two for
+// each of their pipes, of which there are 32, or one for each loop.
+func reserve() int {
+	loops := runtime.GOMAXPROCS(0)
+	return 96 + 2*loops + 2*max(32, loops)
+}
 
 // ConnectionLimit is how many connections a server may have: asked, or, if that is 0 or more than fits, as many as fit into
 // the process's descriptor limit at two descriptors each. In the last case warning says so.
@@ -19,7 +27,7 @@ func ConnectionLimit(asked int) (limit int, warning string) {
 		l.Cur = 1024 // cannot happen; the usual soft limit
 	}
 	fits := int(min(l.Cur, 1<<24))
-	fits = max((fits-min(reserve, fits/2))/2, 1)
+	fits = max((fits-min(reserve(), fits/2))/2, 1)
 	switch {
 	case asked == 0:
 		return fits, ""

@@ -439,18 +439,14 @@ func (c *Conn) Control(f func(fd int) error) error {
 }
 
 // Local is the address of our end; the zero value if the connection is closed.
-func (c *Conn) Local() netip.AddrPort { return c.address(unix.Getsockname) }
+func (c *Conn) Local() netip.AddrPort { return c.address(unix.SYS_GETSOCKNAME) }
 
 // Remote is the address of the peer's end; the zero value if the connection was reset or is closed.
-func (c *Conn) Remote() netip.AddrPort { return c.address(unix.Getpeername) }
+func (c *Conn) Remote() netip.AddrPort { return c.address(unix.SYS_GETPEERNAME) }
 
-func (c *Conn) address(of func(int) (unix.Sockaddr, error)) netip.AddrPort {
+func (c *Conn) address(call uintptr) netip.AddrPort {
 	if c.closed {
 		return netip.AddrPort{}
 	}
-	sa, err := of(int(c.fd))
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	return AddrPort(sa)
+	return address(call, c.fd)
 }

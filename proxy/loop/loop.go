@@ -42,6 +42,8 @@ type Loop struct {
 	resumed int          // how many of the batch were
 	current *coroutine
 	yields  bool // somebody was sent to another goroutine
+	rested  bool // since the last turn
+	since   Time // when Go's scheduler last had its turn
 	ending  bool
 	cause   error // of everything, once the connections were aborted
 
@@ -116,7 +118,9 @@ func newLoop(g *Group) (_ *Loop, err error) {
 	}
 	l.ask = func(uintptr) bool {
 		l.n, l.failed = epollPoll(l.epoll, l.events[:])
-		return l.n > 0 || l.failed != 0
+		some := l.n > 0 || l.failed != 0
+		l.rested = l.rested || !some
+		return some
 	}
 	return l, nil
 }
@@ -210,16 +214,28 @@ func (l *Loop) turn() {
 	l.turns++
 	l.publish()
 	l.began.Store(0)
-	if l.yields { // the other goroutine may have been left to this processor: do not let it wait until we are preempted
-		l.yields = false
+	l.schedule()
+}
+
+// longest is for how long a busy loop goes on until it lets Go's scheduler have its turn. After 10 ms it would be preempted by a
+// signal, and the runtime's monitor would look every 20 µs whether to do so again.
+const longest = Time(4 * time.Millisecond)
+
+// schedule lets other goroutines of this processor run: now and then, and at once if somebody was sent to one.
+func (l *Loop) schedule() {
+	if l.yields || !l.rested && l.now-l.since > longest {
 		runtime.Gosched()
+		l.yields, l.rested = false, true
+	}
+	if l.rested {
+		l.rested, l.since = false, l.now
 	}
 }
 
 // rest waits for events, unless there is somebody to be resumed.
 func (l *Loop) rest() {
 	if len(l.ready) > 0 || l.resumed < len(l.batch) {
-		l.ask(0)
+		l.n, l.failed = epollPoll(l.epoll, l.events[:])
 		return
 	}
 	if due := l.wheel.nextDue(); due != 0 && (l.armed == 0 || due < l.armed) {

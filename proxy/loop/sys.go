@@ -3,10 +3,8 @@
 package loop
 
 import (
-	"net"
 	"net/netip"
 	"os"
-	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -34,37 +32,30 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 
 // accept takes a connection and the address of its peer, for which it is too late to ask once the peer has reset it.
 func accept(fd int32) (int32, netip.AddrPort, unix.Errno) {
-	var sa unix.RawSockaddrInet6 // has room for the other family
-	size := uint32(unsafe.Sizeof(sa))
-	n, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
+	var from sockaddr
+	n, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&from)), uintptr(from.room()),
 		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 	if errno != 0 {
 		return -1, netip.AddrPort{}, errno
 	}
-	port := *(*[2]byte)(unsafe.Pointer(&sa.Port)) // network order
-	from := unix.Sockaddr(&unix.SockaddrInet6{Port: int(port[0])<<8 | int(port[1]), ZoneId: sa.Scope_id, Addr: sa.Addr})
-	if sa.Family == unix.AF_INET {
-		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&sa))
-		from = &unix.SockaddrInet4{Port: int(port[0])<<8 | int(port[1]), Addr: v4.Addr}
+	return int32(n), from.addrPort(), 0
+}
+
+// address asks with getsockname or getpeername; the zero value if there is none.
+func address(call uintptr, fd int32) netip.AddrPort {
+	var a sockaddr
+	if _, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(&a)), uintptr(a.room())); errno != 0 {
+		return netip.AddrPort{}
 	}
-	return int32(n), AddrPort(from), 0
+	return a.addrPort()
 }
 
 // connect begins to connect. It is raw too: towards a peer of this host it is the whole handshake, and takes its time.
 func connect(fd int32, to netip.AddrPort) unix.Errno {
-	var v4 unix.RawSockaddrInet4
-	var v6 unix.RawSockaddrInet6
-	sa, size := unsafe.Pointer(&v4), unsafe.Sizeof(v4)
-	port := [2]byte{byte(to.Port() >> 8), byte(to.Port())} // network order
-	if to.Addr().Is4() {
-		v4.Family, v4.Port, v4.Addr = unix.AF_INET, *(*uint16)(unsafe.Pointer(&port)), to.Addr().As4()
-	} else {
-		v6.Family, v6.Port, v6.Addr = unix.AF_INET6, *(*uint16)(unsafe.Pointer(&port)), to.Addr().As16()
-		v6.Scope_id = zoneIndex(to.Addr().Zone())
-		sa, size = unsafe.Pointer(&v6), unsafe.Sizeof(v6)
-	}
+	var a sockaddr
+	a.set(to)
 	for {
-		_, _, errno := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(sa), size)
+		_, _, errno := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&a)), uintptr(a.size))
 		if errno != unix.EINTR {
 			return errno
 		}
@@ -98,6 +89,12 @@ func wakeUp(fd int32) {
 	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
 }
 
+func setOption(fd int32, level, option, value int) unix.Errno {
+	v := int32(value)
+	_, _, errno := unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option), uintptr(unsafe.Pointer(&v)), unsafe.Sizeof(v), 0)
+	return errno
+}
+
 func setLinger(fd int32, on bool) {
 	var l unix.Linger
 	if on {
@@ -111,10 +108,13 @@ func setLinger(fd int32, on bool) {
 // before a socket listens; the package itself does it for others.
 func SetStream(fd int) error {
 	setLinger(int32(fd), true)
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1); err != nil {
-		return os.NewSyscallError("setsockopt SO_OOBINLINE", err)
+	if errno := setOption(int32(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1); errno != 0 {
+		return os.NewSyscallError("setsockopt SO_OOBINLINE", errno)
 	}
-	return os.NewSyscallError("setsockopt TCP_NODELAY", unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_NODELAY, 1))
+	if errno := setOption(int32(fd), unix.SOL_TCP, unix.TCP_NODELAY, 1); errno != 0 {
+		return os.NewSyscallError("setsockopt TCP_NODELAY", errno)
+	}
+	return nil
 }
 
 // atMark reports whether the urgent byte is the next one to be received.
@@ -133,49 +133,4 @@ func putOff(fd int32) bool {
 	p := []unix.PollFd{{Fd: fd, Events: unix.POLLIN}}
 	n, err := unix.Poll(p, 0)
 	return err == unix.EINTR || n > 0
-}
-
-// Sockaddr converts an address to its form in system calls. A zone is the name of an interface, or its index in digits.
-func Sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
-	}
-	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16(), ZoneId: zoneIndex(a.Addr().Zone())}
-}
-
-// AddrPort is the reverse of Sockaddr; the zero value for what is no address of TCP. An IPv4 address in the form of an IPv6 one
-// comes out as the former.
-func AddrPort(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		addr := netip.AddrFrom16(sa.Addr).Unmap()
-		if sa.ZoneId != 0 && addr.Is6() {
-			addr = addr.WithZone(ZoneName(sa.ZoneId))
-		}
-		return netip.AddrPortFrom(addr, uint16(sa.Port))
-	default:
-		return netip.AddrPort{}
-	}
-}
-
-// ZoneName is the zone of an interface, as package net has it: its name, or in digits if it is gone.
-func ZoneName(index uint32) string {
-	if i, err := net.InterfaceByIndex(int(index)); err == nil {
-		return i.Name
-	}
-	return strconv.FormatUint(uint64(index), 10)
-}
-
-// zoneIndex is the reverse.
-func zoneIndex(zone string) uint32 {
-	if zone == "" {
-		return 0
-	}
-	if i, err := net.InterfaceByName(zone); err == nil {
-		return uint32(i.Index)
-	}
-	n, _ := strconv.ParseUint(zone, 10, 32) // 0, no zone, if it is neither
-	return uint32(n)
 }

@@ -126,10 +126,12 @@ func (s *side) count(n int) {
 }
 
 // end passes on the end of the stream. Nobody reads this side any more, but it may still reset the connection while the other stream
-// goes on: then we are called again.
+// goes on: then we are called again. With the second end of a pair both are closed, which passes it on too.
 func (s *side) end() *Error {
-	if err := s.other().conn.CloseWrite(); err != nil {
-		return s.sending(err)
+	if !s.other().ended {
+		if err := s.other().conn.CloseWrite(); err != nil {
+			return s.sending(err)
+		}
 	}
 	s.ended = true
 	s.relay.finish()

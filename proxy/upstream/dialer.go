@@ -165,8 +165,12 @@ var ErrCaptured = &config.Fault{
 // Conn is a dialled connection.
 type Conn struct {
 	*loop.Conn
+	local netip.AddrPort
 	entry *entry
 }
+
+// Local is the address from which it was dialled.
+func (c *Conn) Local() netip.AddrPort { return c.local }
 
 // Take makes one of what another way of dialling than ours returned. Its error is of type *Error.
 func Take(l *loop.Loop, tcp *net.TCPConn, err error) (*Conn, error) {
@@ -177,7 +181,7 @@ func Take(l *loop.Loop, tcp *net.TCPConn, err error) (*Conn, error) {
 	if err != nil {
 		return nil, &Error{reason(err), err}
 	}
-	return &Conn{Conn: conn, entry: foreign()}, nil
+	return &Conn{Conn: conn, local: conn.Local(), entry: foreign()}, nil
 }
 
 // Captured reports whether the capture gave the connection back to us, so that its other end was ours.

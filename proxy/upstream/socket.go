@@ -81,7 +81,7 @@ func (d *Dialer) attempt(l *loop.Loop, p plan, local netip.AddrPort, deadline lo
 		}
 		return nil, err
 	}
-	return &Conn{Conn: conn, entry: entry}, nil
+	return &Conn{Conn: conn, local: local, entry: entry}, nil
 }
 
 // options sets the options of a dial, all of which must be there before bind.
