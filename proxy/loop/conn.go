@@ -43,9 +43,9 @@ type Conn struct {
 	urgency  bool // urgent data was announced, and not received yet
 	look     bool // as if it was, for the next byte
 	urgent   bool // the last that was received was
-	hup      bool // the end of the peer's stream, or of everything, was announced: all that there will ever be to read is there
-	failed   bool // a failure was announced
-	told     bool // somebody was told of it: the kernel tells once
+	hup      bool // an end or a failure was announced: all that there will ever be to read is there
+	failed   bool // a failure was announced, or met
+	told     bool // somebody was told of it. The kernel tells once; whoever asks it again takes the failure for an end
 	eof      bool // the end of the peer's stream was received
 	expired  bool // the deadline has passed, and nobody was told yet
 	pushes   bool // room is reported too
@@ -151,49 +151,50 @@ func (c *Conn) TryRecv(p []byte) (int, error) {
 	case c.expired:
 		c.expired = false
 		return 0, ErrTimeout
-	case c.eof && c.readable: // it was reset after its end
+	case c.failed && (c.eof || !c.readable): // after its end, of which the kernel goes on to tell; or again
 		c.readable = false
 		return 0, c.Failure()
 	}
 	for c.readable {
 		part := p
-		if (c.urgency || c.look) && len(p) > 0 && atMark(c.fd) {
-			part, c.urgent = p[:1], true
+		atMark := (c.urgency || c.look) && len(p) > 0 && atMark(c.fd)
+		if atMark {
+			part = p[:1]
 		}
 		c.look = false
 		n, errno := recv(c.fd, part)
 		switch {
 		case errno == 0 && n > 0:
-			c.received(n, len(p))
+			c.received(n, len(p), atMark)
 			return n, nil
-		case errno == unix.EINTR, errno == unix.EAGAIN && c.urgency && putOff(c.fd):
-			continue
+		case errno == unix.EINTR, errno == unix.EAGAIN && atMark && putOff(c.fd):
+			c.look = atMark
 		case errno == unix.EAGAIN:
-			c.readable, c.urgent = false, false
+			c.readable = false
 			return 0, ErrAgain
 		case errno != 0:
 			c.readable, c.failed, c.told = false, true, true
 			return 0, os.NewSyscallError("read", errno)
 		case len(p) == 0:
 			return 0, nil
-		case c.told: // the kernel tells of a reset once, and then of an end that is none
-			c.readable = false
+		case c.told: // of a reset the kernel tells once, and then of an end that is none
+			c.readable, c.failed = false, true
 			return 0, os.NewSyscallError("read", unix.ECONNRESET)
 		default:
-			c.readable, c.eof = false, true
+			c.readable, c.eof = c.failed, true // a reset that came with the end is told next
 			return 0, io.EOF
 		}
 	}
 	return 0, ErrAgain
 }
 
-// received notes that n bytes have come, of at most size.
-func (c *Conn) received(n, size int) {
-	switch {
-	case c.urgent:
-		c.urgency = false
+// received notes that n bytes have come, of at most size, or the urgent one.
+func (c *Conn) received(n, size int, urgent bool) {
+	switch c.urgent = urgent; {
+	case urgent:
+		c.urgency, c.look = false, true // there may be another one, which was not announced yet
 	case n == size:
-		c.look = true // what has come meanwhile was not announced yet
+		c.look = true // the same
 	case !c.hup && !c.urgency:
 		c.readable = false
 	}
@@ -208,11 +209,15 @@ func (c *Conn) Readable() bool { return c.readable }
 // Ending reports, after a TryRecv that had more room than it received, whether the next one will tell of the end of the stream.
 func (c *Conn) Ending() bool { return c.readable && c.hup && !c.urgency }
 
-// Failure is why the connection has failed; nil if it has not. It is told once, be it here or by a call that fails.
+// Failure is why the connection has failed, or that it is closed; nil if it is well.
 func (c *Conn) Failure() error {
-	if !c.failed || c.closed {
+	switch {
+	case c.closed:
+		return c.gone()
+	case !c.failed:
 		return nil
 	}
+	c.told = true
 	errno, err := unix.GetsockoptInt(int(c.fd), unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil || errno == 0 {
 		errno = int(unix.ECONNRESET) // somebody else was told
@@ -238,7 +243,7 @@ func (c *Conn) Recv(p []byte) (int, error) {
 
 // WaitInput waits until there may be something for TryRecv. Whoever calls it holds no buffer.
 func (c *Conn) WaitInput() error {
-	if c.readable || c.closed || c.expired {
+	if c.readable || c.closed || c.expired || c.failed {
 		return nil // TryRecv tells
 	}
 	return c.wait(&c.reader)

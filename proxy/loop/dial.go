@@ -92,16 +92,13 @@ func (l *Loop) awaitConnect(fd int32, until Time) (_ *Conn, err error) {
 		if err := c.wait(&c.writer); err != nil {
 			return nil, os.NewSyscallError("connect", err)
 		}
-		errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		if err == nil && errno != 0 {
-			err = unix.Errno(errno)
-		}
-		if err != nil {
-			return nil, os.NewSyscallError("connect", err)
-		}
-		if _, errno := send(fd, nil, 0); errno != unix.EAGAIN { // else it was woken for something else
+		switch _, errno := send(fd, nil, 0); errno {
+		case 0:
 			c.SetDeadline(0)
 			return c, nil
+		case unix.EAGAIN: // woken for something else
+		default:
+			return nil, os.NewSyscallError("connect", errno)
 		}
 	}
 }

@@ -313,6 +313,97 @@ func TestResetThatASendWasToldOfIsNoEnd(t *testing.T) {
 	}
 }
 
+// TestResetThatComesWithTheEnd: one poll sees both, and nothing will be announced again; the end is told, and then the reset.
+func TestResetThatComesWithTheEnd(t *testing.T) {
+	l := newLab(t, loop.Config{Loops: 1})
+	told := make(chan error, 3)
+	a := l.serve(func(c *loop.Conn) {
+		for {
+			_, err := c.TryRecv(make([]byte, 10))
+			if err == loop.ErrAgain {
+				return
+			}
+			told <- err
+			if err != nil && err != io.EOF {
+				c.Abort()
+				return
+			}
+		}
+	})
+	c := dial(t, a)
+	settle(t, "it is accepted", func() bool { return l.Figures().Conns == 1 })
+	l.run(func(*loop.Loop) {
+		_, _ = io.WriteString(c, "bye")
+		_ = c.CloseWrite()
+		reset(c)
+	})
+	for _, want := range []error{nil, io.EOF, unix.EPIPE} {
+		if err := <-told; !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+}
+
+// TestFailureIsToldAgain: whoever asks once more neither waits for ever nor is told of a clean end.
+func TestFailureIsToldAgain(t *testing.T) {
+	for _, first := range []string{"Recv", "Failure"} {
+		t.Run(first, func(t *testing.T) {
+			l := newLab(t, loop.Config{Loops: 1})
+			conns := make(chan *loop.Conn, 1)
+			a := l.listen(func(c *loop.Conn) { conns <- c }, nil)
+			far := dial(t, a)
+			c := <-conns
+			reset(far)
+			l.run(func(l *loop.Loop) {
+				if err := c.WaitInput(); err != nil {
+					t.Error(err)
+				}
+				if first == "Failure" {
+					if err := c.Failure(); !errors.Is(err, unix.ECONNRESET) {
+						t.Errorf("Failure: %v", err)
+					}
+				}
+				for range 3 {
+					if _, err := c.Recv(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+						t.Errorf("Recv: %v", err)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestTwoUrgentBytes: each is received alone, as urgent, also if the second comes after the first was announced.
+func TestTwoUrgentBytes(t *testing.T) {
+	l := newLab(t, loop.Config{Loops: 1})
+	conns := make(chan *loop.Conn, 1)
+	a := l.listen(func(c *loop.Conn) { conns <- c }, nil)
+	far := dial(t, a)
+	c := <-conns
+	raw, err := far.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	urgent := func() {
+		_ = raw.Control(func(fd uintptr) {
+			if err := unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	urgent()
+	l.run(func(*loop.Loop) {
+		for i := range 2 {
+			if n, err := c.Recv(make([]byte, 10)); n != 1 || err != nil || !c.Urgent() {
+				t.Errorf("byte %d: %d, %v, urgent %v", i, n, err, c.Urgent())
+			}
+			if i == 0 {
+				urgent() // before the loop looks at events again
+			}
+		}
+	})
+}
+
 // TestEventOfAConnectionThatIsGone: it was closed in the same turn, and others have its place, or nobody.
 func TestEventOfAConnectionThatIsGone(t *testing.T) {
 	for _, left := range []int{0, 1} {

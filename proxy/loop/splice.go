@@ -56,7 +56,7 @@ func (c *Conn) fill(p pipe, size int) (int, error) {
 		switch errno {
 		case 0:
 			if n == 0 {
-				c.urgency = true
+				c.look = true
 			}
 			return n, nil
 		case unix.EINTR:

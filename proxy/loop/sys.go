@@ -123,13 +123,10 @@ func atMark(fd int32) bool {
 	return err == nil && at == 1
 }
 
-// putOff reports whether a receive that found nothing has to be tried again. At the urgent byte, it says EAGAIN while a signal is
+// putOff reports whether a receive at the urgent byte that found nothing has to be tried again. It says EAGAIN while a signal is
 // pending, whatever there is to read (tcp_recvmsg_locked in net/ipv4/tcp.c), and Go's scheduler sends signals all the time.
 // Nothing would wake us a second time for what is there already.
 func putOff(fd int32) bool {
-	if !atMark(fd) {
-		return false
-	}
 	p := []unix.PollFd{{Fd: fd, Events: unix.POLLIN}}
 	n, err := unix.Poll(p, 0)
 	return err == unix.EINTR || n > 0

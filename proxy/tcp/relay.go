@@ -13,12 +13,10 @@ package tcp
 import (
 	"errors"
 	"fmt"
-	"os"
 	"sync/atomic"
 	"time"
 
 	"github.com/pillionproxy/pillion/proxy/loop"
-	"golang.org/x/sys/unix"
 )
 
 // Side names the one of the two connections that failed.
@@ -154,10 +152,7 @@ func (s *side) receiving(err error) *Error {
 func (s *side) sending(err error) *Error {
 	switch {
 	case errors.Is(err, loop.ErrGone):
-		if err = s.conn.Failure(); err == nil {
-			err = os.NewSyscallError("read", unix.ECONNRESET)
-		}
-		return s.receiving(err)
+		return s.receiving(s.conn.Failure())
 	case errors.Is(err, loop.ErrTimeout):
 		err = ErrIdle
 	}

@@ -346,6 +346,26 @@ func TestAbortFromOutside(t *testing.T) {
 	}
 }
 
+// TestResetThatComesWithTheEnd: a client that ends its stream and resets at once, to a server that says nothing, does not leave the
+// pair behind.
+func TestResetThatComesWithTheEnd(t *testing.T) {
+	l := newLab(t)
+	l.write(l.client, "x")
+	l.read(l.server, "x")
+	l.near[tcp.Client].Loop().Do(func() { // one poll sees it all
+		l.write(l.client, "bye")
+		if err := l.client.CloseWrite(); err != nil {
+			t.Error(err)
+		}
+		reset(l.client)
+	})
+	l.read(l.server, "bye")
+	e, ok := errors.AsType[*tcp.Error](l.wait())
+	if !ok || e.Side != tcp.Client {
+		t.Errorf("Relay: %v; want an error of the client", l.err)
+	}
+}
+
 // TestIdleTimeout: of a pair that is quiet, and of one that is held up; not of one on which something passes.
 func TestIdleTimeout(t *testing.T) {
 	for name, prepare := range map[string]func(*lab){
