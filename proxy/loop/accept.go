@@ -34,8 +34,9 @@ type Listener struct {
 }
 
 // Serve accepts connections, each for the loop with the fewest. accepted is called there, with the peer's address, which a connection
-// that was reset already has lost (Conn.Remote). It must not wait: to Start a handler is what it is for. failing is told that none can be accepted now, for want of descriptors or memory, at least every 100 ms while that
-// is so. The listener is taken over: nobody may use l afterwards. It is one of TCP alone (net.ListenConfig.SetMultipathTCP).
+// that was reset already has lost (Conn.Remote). It must not wait: to Start a handler is what it is for. failing is told that none can
+// be accepted now, for want of descriptors or memory, at least every 100 ms while that is so. l is taken over: nobody may use it
+// afterwards. It is one of TCP alone (net.ListenConfig.SetMultipathTCP).
 func (g *Group) Serve(l *net.TCPListener, accepted func(c *Conn, from netip.AddrPort), failing func(error)) (*Listener, error) {
 	fd, err := takeDescriptor(l)
 	if err != nil {
@@ -71,88 +72,125 @@ func (s *Listener) enter() error {
 		l.listeners = append(l.listeners, nil)
 	}
 	l.listeners[i], s.slot = s, int32(i)
-	if errno := s.listen(); errno != 0 {
+	if errno := s.listen(unix.EPOLL_CTL_ADD, unix.EPOLLIN); errno != 0 {
 		l.listeners[i] = nil
 		return os.NewSyscallError("epoll_ctl", errno)
 	}
 	return nil
 }
 
-// listen has connections reported, again and again while there are any.
-func (s *Listener) listen() unix.Errno {
-	return epollCtl(s.loop.epoll, unix.EPOLL_CTL_ADD, s.fd, unix.EpollEvent{Events: unix.EPOLLIN, Fd: s.slot})
+// listen has connections reported, by EPOLLIN, again and again while there are any.
+func (s *Listener) listen(op uintptr, events uint32) unix.Errno {
+	return epollCtl(s.loop.epoll, op, s.fd, unix.EpollEvent{Events: events, Fd: s.slot})
 }
 
 // Close ends the listener and waits until nothing more is accepted. Connections that were not accepted yet are reset.
 func (s *Listener) Close() {
-	s.loop.Do(func() {
-		if s.closed {
-			return
-		}
-		s.closed = true
-		s.resume()
-		s.loop.listeners[s.slot] = nil
-		closeDescriptor(s.fd)
-	})
+	s.loop.Do(s.close)
+	for _, l := range s.loop.group.loops[1:] {
+		l.Do(func() {}) // what was handed over to it before has arrived
+	}
 }
 
-// accept shares out connections that wait.
+func (s *Listener) close() {
+	if s.closed {
+		return
+	}
+	s.closed = true
+	s.resume()
+	s.listen(unix.EPOLL_CTL_DEL, 0) // another process may have the socket too
+	s.loop.listeners[s.slot] = nil
+	closeDescriptor(s.fd)
+}
+
+// accept shares out connections that wait. What it calls comes last: it may end this goroutine.
 func (s *Listener) accept() {
-	g := s.loop.group
+	own, others := s.loop, s.loop.group.loops[1:]
+	failure := s.acceptBatch()
+	for _, to := range others {
+		if len(to.handed) > 0 {
+			handOver(to)
+		}
+	}
+	own.arrived = append(own.arrived, own.handed...)
+	own.handed = own.handed[:0]
+	if failure != 0 {
+		s.pause()
+		own.call(func() { s.failing(os.NewSyscallError("accept", failure)) })
+	}
+	own.welcome()
+}
+
+// acceptBatch accepts what there is, up to a limit, and says for want of what there is not more.
+func (s *Listener) acceptBatch() (failure unix.Errno) {
 	for range acceptBatch {
 		fd, from, errno := accept(s.fd)
-		if errno == unix.EINTR || errno == unix.ECONNABORTED {
-			continue
-		}
-		if errno != 0 {
-			if errno != unix.EAGAIN {
-				s.pause()
-				s.loop.call(func() { s.failing(os.NewSyscallError("accept", errno)) })
-			}
-			break
-		}
-		to := g.freest()
-		to.open.Add(1) // here, or the next would come to the same
-		to.arriving = append(to.arriving, arrival{fd, from})
-	}
-	for _, to := range g.loops {
-		all := to.arriving
-		if len(all) == 0 {
-			continue
-		}
-		if to == s.loop {
-			s.arrive(to, all)
-			to.arriving = all[:0]
-			continue
-		}
-		to.arriving = nil
-		if !to.Post(func() { s.arrive(to, all) }) {
-			to.open.Add(-int32(len(all)))
-			for _, a := range all {
-				closeDescriptor(a.fd)
-			}
+		switch errno {
+		case 0:
+			to := s.loop.group.freest()
+			to.open.Add(1) // here, or the next would come to the same
+			to.handed = append(to.handed, arrival{s, fd, from})
+		case unix.EINTR, unix.ECONNABORTED:
+		case unix.EAGAIN:
+			return 0
+		default:
+			return errno
 		}
 	}
+	return 0
 }
 
 // arrival is a connection on its way from the first loop, which has accepted it, to its own.
 type arrival struct {
-	fd   int32
-	from netip.AddrPort
+	listener *Listener
+	fd       int32
+	from     netip.AddrPort
 }
 
-// arrive makes connections of descriptors, on their loop, and hands them over.
-func (s *Listener) arrive(l *Loop, all []arrival) {
-	for _, a := range all {
-		if c, err := l.arrive(a.fd, 0); err == nil {
-			l.call(func() { s.accepted(c, a.from) })
-		} // else the group was aborted, or there is no memory: it was reset
+// handOver gives another loop what was accepted for it.
+func handOver(to *Loop) {
+	all := to.handed
+	to.handed = nil
+	posted := to.Post(func() {
+		to.arrived = append(to.arrived, all...)
+		to.welcome()
+	})
+	if !posted {
+		to.open.Add(-int32(len(all)))
+		for _, a := range all {
+			closeDescriptor(a.fd)
+		}
 	}
 }
 
-// pause stops accepting for a while: the listener would be reported without end.
+// welcome makes connections of what has arrived, and has them taken over.
+func (l *Loop) welcome() {
+	for len(l.arrived) > l.welcomed {
+		a := l.arrived[l.welcomed]
+		l.welcomed++
+		c, err := l.arrive(a.fd, 0)
+		if err != nil {
+			continue // the group was aborted, or there is no memory: it was reset
+		}
+		taken := false
+		l.call(func() {
+			defer func() {
+				if !taken {
+					c.Abort()
+				}
+			}()
+			a.listener.accepted(c, a.from)
+			taken = true
+		})
+	}
+	clear(l.arrived)
+	l.arrived, l.welcomed = l.arrived[:0], 0
+}
+
+// pause stops accepting for a while: the listener would be reported without end. It stays in epoll, for which there may be no memory
+// when it is to go on.
 func (s *Listener) pause() {
-	epollCtl(s.loop.epoll, unix.EPOLL_CTL_DEL, s.fd, unix.EpollEvent{})
+	s.listen(unix.EPOLL_CTL_MOD, 0)
 	s.paused = true
 	s.loop.group.paused.Add(1)
 	s.loop.wheel.set(&s.retry, s.loop.now.Add(retryAccept), s.loop.now)
@@ -163,7 +201,7 @@ func (s *Listener) resume() {
 		s.paused = false
 		s.loop.group.paused.Add(-1)
 		s.loop.wheel.stop(&s.retry)
-		s.listen()
+		s.listen(unix.EPOLL_CTL_MOD, unix.EPOLLIN)
 	}
 }
 

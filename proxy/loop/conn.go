@@ -51,7 +51,7 @@ type Conn struct {
 	pushes   bool // room is reported too
 	closed   bool
 	aborted  bool // closed by the group
-	tell     bool // and the handler is yet to be told
+	due      bool // the handler is to be called whatever there is
 }
 
 // Loop is whose the connection is.
@@ -63,12 +63,10 @@ func (c *Conn) Handle(h Handler) {
 	c.activate()
 }
 
-// Start is Handle, and has the handler called in the next turn whether there is input or not.
+// Start is Handle, and has the handler called whether there is input or not: in the next turn, or, while another runs, after that.
 func (c *Conn) Start(h Handler) {
-	c.handler = h
-	if c.running == nil {
-		c.running = c.loop.start(c, nil)
-	}
+	c.due = true
+	c.Handle(h)
 }
 
 // activate has the handler called if there is reason to.
@@ -80,7 +78,7 @@ func (c *Conn) activate() {
 
 // wanted reports whether there is something for the handler.
 func (c *Conn) wanted() bool {
-	return c.handler != nil && (c.tell || !c.closed && (c.readable || c.expired))
+	return c.handler != nil && (c.due || !c.closed && (c.readable || c.expired))
 }
 
 func (c *Conn) register(op uintptr, more uint32) unix.Errno {
@@ -274,7 +272,7 @@ func (c *Conn) Send(p []byte) (int, error) { return c.send(p, 0) }
 // SendMore is Send for what will be followed at once, by more, or by CloseWrite or Close: they share a packet.
 func (c *Conn) SendMore(p []byte) (int, error) { return c.send(p, unix.MSG_MORE) }
 
-// SendUrgent is Send, and makes the last byte urgent.
+// SendUrgent is Send of one byte as urgent data. Of more, the last that goes at a time is urgent.
 func (c *Conn) SendUrgent(p []byte) (int, error) { return c.send(p, unix.MSG_OOB) }
 
 // SendBuffer is Send, or SendMore, of the first n bytes of what Loop.Buffer has lent, and gives the buffer back, as soon as it can be
@@ -359,7 +357,7 @@ func (c *Conn) CloseWrite() error {
 // Close ends the connection: what is still on its way to the peer is delivered. Whoever waits for the connection is woken with
 // net.ErrClosed.
 func (c *Conn) Close() {
-	c.tell = false
+	c.due = false
 	if !c.closed {
 		setLinger(c.fd, false)
 		c.close()
@@ -368,7 +366,7 @@ func (c *Conn) Close() {
 
 // Abort resets the connection: the peer sees ECONNRESET, and what is still on its way is dropped.
 func (c *Conn) Abort() {
-	c.tell = false
+	c.due = false
 	if !c.closed {
 		c.close() // SO_LINGER{1,0} is on
 	}
@@ -377,7 +375,7 @@ func (c *Conn) Abort() {
 // abort is Abort by somebody whom the handler does not know of: it is told.
 func (c *Conn) abort() {
 	c.aborted = true
-	c.tell = c.running == nil || !c.running.parked // else close tells it
+	c.due = c.running == nil || !c.running.parked // else close tells it
 	c.close()
 	c.activate()
 }

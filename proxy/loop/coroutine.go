@@ -5,6 +5,7 @@ package loop
 import (
 	"context"
 	"iter"
+	"net"
 	"runtime"
 	"runtime/pprof"
 	"slices"
@@ -35,6 +36,9 @@ func (l *Loop) start(c *Conn, job func(*Loop)) *coroutine {
 	}
 	l.count.busy++
 	co.conn, co.job = c, job
+	if l.ending {
+		co.cause = net.ErrClosed
+	}
 	l.ready = append(l.ready, co)
 	return co
 }
@@ -81,11 +85,12 @@ func (co *coroutine) run() {
 		}
 	}()
 	pprof.SetGoroutineLabels(context.Background()) // those of the one before
-	if c != nil {
-		c.tell = false
-		c.handler(c)
-	} else {
+	switch {
+	case c == nil:
 		co.job(l)
+	case c.handler != nil: // else it was taken away since
+		c.due = false
+		c.handler(c)
 	}
 	finished = true
 	if c != nil {
@@ -174,7 +179,8 @@ func (l *Loop) Yield() error {
 	return nil
 }
 
-// Sleep waits for that long, and up to an eighth and 17 ms longer. It fails with ErrGone if the handler's connection is reset meanwhile.
+// Sleep waits for that long since this turn began (Now), and up to an eighth and 17 ms longer. It fails with ErrGone if the handler's
+// connection is reset meanwhile.
 func (l *Loop) Sleep(d time.Duration) error {
 	co := l.here()
 	l.wheel.set(&co.alarm, l.now.Add(d), l.now)

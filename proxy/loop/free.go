@@ -13,6 +13,8 @@ const (
 	BufferSize = 64 << 10
 	// pipeSize is what an unprivileged user may have of a pipe (pipe-max-size in proc_sys_fs(5)).
 	pipeSize = 1 << 20
+	// retryPipe is when the system is asked for a pipe again that it has refused.
+	retryPipe = time.Second
 	// trimEach is how long something stays free until it is given back to the system; it may be twice as long.
 	trimEach = time.Second
 )
@@ -81,14 +83,14 @@ func (l *Loop) giveBack() {
 
 // Buffer lends a buffer of BufferSize bytes, with whatever was in it. It is not of the Go heap.
 func (l *Loop) Buffer() []byte {
+	b, ok := l.buffers.take()
+	if !ok {
+		var err error
+		if b, err = unix.Mmap(-1, 0, BufferSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE); err != nil {
+			panic("loop: no memory for a buffer: " + err.Error()) // as the Go heap would; of a handler, it ends the connection
+		}
+	}
 	l.count.buffers++
-	if b, ok := l.buffers.take(); ok {
-		return b
-	}
-	b, err := unix.Mmap(-1, 0, BufferSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		panic("loop: no memory for a buffer: " + err.Error()) // as the Go heap would; of a handler, it ends the connection
-	}
 	return b
 }
 
@@ -109,9 +111,10 @@ func (l *Loop) takePipe() (p pipe, ok bool) {
 	if p, ok = l.pipes.take(); ok {
 		return p, true
 	}
-	if l.count.pipes >= l.group.cfg.Pipes {
+	if l.count.pipes >= l.group.cfg.Pipes || l.now < l.noPipe {
 		return p, false
 	}
+	l.noPipe = l.now.Add(retryPipe) // unless it turns out well
 	var fds [2]int
 	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
 		return p, false
@@ -123,6 +126,7 @@ func (l *Loop) takePipe() (p pipe, ok bool) {
 		l.closePipe(p)
 		return p, false
 	}
+	l.noPipe = 0
 	return p, true
 }
 

@@ -132,7 +132,7 @@ func (g *Group) Abort(cause error) {
 	}
 }
 
-// Close aborts what is left, ends the loops, and waits until everything is given back. Listeners are to be closed before.
+// Close aborts what is left, also of listeners, ends the loops, and waits until everything is given back.
 func (g *Group) Close() {
 	g.closing.Do(func() {
 		for _, l := range g.loops {

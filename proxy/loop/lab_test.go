@@ -88,18 +88,24 @@ func (l *lab) serve(h loop.Handler) string {
 
 func (l *lab) listen(accepted func(*loop.Conn), failing func(error)) string {
 	l.t.Helper()
-	var cfg net.ListenConfig
-	cfg.SetMultipathTCP(false)
-	tcp, err := cfg.Listen(l.t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	s, err := l.Serve(tcp.(*net.TCPListener), func(c *loop.Conn, _ netip.AddrPort) { accepted(c) }, failing)
+	tcp := listenTCP(l.t)
+	s, err := l.Serve(tcp, func(c *loop.Conn, _ netip.AddrPort) { accepted(c) }, failing)
 	if err != nil {
 		l.t.Fatal(err)
 	}
 	l.t.Cleanup(s.Close)
 	return tcp.Addr().String()
+}
+
+func listenTCP(t *testing.T) *net.TCPListener {
+	t.Helper()
+	var cfg net.ListenConfig
+	cfg.SetMultipathTCP(false)
+	l, err := cfg.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l.(*net.TCPListener)
 }
 
 // run runs f on a coroutine and waits for it.

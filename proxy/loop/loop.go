@@ -33,31 +33,36 @@ type Loop struct {
 	armed Time               // the file's deadline; 0: none
 
 	// The turn. It is kept here, and not in variables, so that another goroutine can go on with it (see run).
-	events  [256]unix.EpollEvent
-	at, n   int // which of the events is next, and how many there are
-	failed  unix.Errno
-	now     Time
-	ready   []*coroutine // to be resumed in the next turn
-	batch   []*coroutine // to be resumed in this one
-	resumed int          // how many of the batch were
-	current *coroutine
-	yields  bool // somebody was sent to another goroutine
-	rested  bool // since the last turn
-	since   Time // when Go's scheduler last had its turn
-	ending  bool
-	cause   error // of everything, once the connections were aborted
+	events   [256]unix.EpollEvent
+	at, n    int // which of the events is next, and how many there are
+	failed   unix.Errno
+	now      Time
+	posts    []func()
+	posted   int // how many of the posts were called
+	arrived  []arrival
+	welcomed int          // how many of those that arrived were taken over
+	ready    []*coroutine // to be resumed in the next turn
+	batch    []*coroutine // to be resumed in this one
+	resumed  int          // how many of the batch were
+	current  *coroutine
+	yields   bool // somebody was sent to another goroutine
+	rested   bool // since the last turn
+	since    Time // when Go's scheduler last had its turn
+	ending   bool
+	cause    error // of everything, once the connections were aborted
 
 	conns     []*Conn // by slot
 	vacant    []uint32
 	lastGen   uint32
 	listeners []*Listener
-	arriving  []arrival // accepted for this loop, by the first one, whose they are until it hands them over
+	handed    []arrival // accepted for this loop by the first one, whose list it is
 	all       []*coroutine
 
 	wheel      wheel
 	trim       timer
 	buffers    freeList[[]byte]
 	pipes      freeList[pipe]
+	noPipe     Time // until when none is asked for
 	coroutines freeList[*coroutine]
 
 	count     struct{ buffers, pipes, busy int }
@@ -100,13 +105,14 @@ func newLoop(g *Group) (_ *Loop, err error) {
 	l.trim.owner = trimmer{l}
 	// Each write is an edge, also if nobody has read: nobody does.
 	errno := epollCtl(l.epoll, unix.EPOLL_CTL_ADD, l.inbox.event, unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: inboxSlot})
-	if errno == 0 {
-		err = unix.SetNonblock(epoll, true) // or package os would wait for it in a thread
-	}
+	err = unix.SetNonblock(epoll, true) // or package os would wait for it in a thread
 	l.file = os.NewFile(uintptr(epoll), "epoll")
-	if errno != 0 || err != nil {
+	if errno != 0 {
+		err = os.NewSyscallError("epoll_ctl", errno)
+	}
+	if err != nil {
 		l.free()
-		return nil, fmt.Errorf("make an epoll descriptor: %w", errors.Join(errno, err))
+		return nil, err
 	}
 	if err := l.file.SetReadDeadline(time.Time{}); err != nil {
 		l.free()
@@ -130,6 +136,11 @@ func (l *Loop) free() {
 	l.giveBack() // what was free for long
 	l.giveBack() // and the rest
 	l.wheel.stop(&l.trim)
+	for _, s := range l.listeners {
+		if s != nil {
+			s.close()
+		}
+	}
 	_ = l.file.Close()
 	closeDescriptor(l.inbox.event)
 	l.publish()
@@ -168,7 +179,8 @@ func (l *Loop) Do(f func()) bool {
 
 // run is the loop's goroutine.
 //
-// A handler that calls runtime.Goexit ends this goroutine too: iter.Pull hands it on. Then another one goes on with the turn.
+// A handler that calls runtime.Goexit ends this goroutine too: iter.Pull hands it on. So does what was posted. Then another one goes
+// on with the turn.
 func (l *Loop) run() {
 	over := false
 	defer func() {
@@ -194,6 +206,8 @@ func (l *Loop) turn() {
 	l.now = clock()
 	l.began.Store(int64(l.now))
 	l.group.dog.wake()
+	l.callPosts() // these two are what is left of a turn that was broken
+	l.welcome()
 	for l.at < l.n {
 		l.at++
 		l.event(l.events[l.at-1])
@@ -234,7 +248,7 @@ func (l *Loop) schedule() {
 
 // rest waits for events, unless there is somebody to be resumed.
 func (l *Loop) rest() {
-	if len(l.ready) > 0 || l.resumed < len(l.batch) {
+	if len(l.ready) > 0 {
 		l.n, l.failed = epollPoll(l.epoll, l.events[:])
 		return
 	}
@@ -243,9 +257,10 @@ func (l *Loop) rest() {
 		_ = l.file.SetReadDeadline(due.real()) // fails only if the file is closed
 	}
 	l.n = 0
-	if err := l.raw.Read(l.ask); err != nil { // the deadline
+	if err := l.raw.Read(l.ask); err != nil { // the deadline, maybe one that had passed before anybody asked
 		l.armed = 0
 		_ = l.file.SetReadDeadline(time.Time{})
+		l.n, l.failed = epollPoll(l.epoll, l.events[:])
 	}
 }
 
@@ -289,15 +304,21 @@ func (l *Loop) event(ev unix.EpollEvent) {
 
 func (l *Loop) readInbox() {
 	l.inbox.mu.Lock()
-	posts := l.inbox.posts
-	l.inbox.posts = nil
+	l.posts, l.inbox.posts = l.inbox.posts, l.posts[:0] // all of ours were called
 	l.inbox.mu.Unlock()
-	for _, f := range posts {
-		l.call(f)
-	}
+	l.callPosts()
 }
 
-// call calls what is not ours, outside of a coroutine.
+func (l *Loop) callPosts() {
+	for l.posted < len(l.posts) {
+		l.posted++
+		l.call(l.posts[l.posted-1])
+	}
+	clear(l.posts)
+	l.posts, l.posted = l.posts[:0], 0
+}
+
+// call calls what is not ours, outside of a coroutine. If it calls runtime.Goexit, another goroutine goes on with the turn.
 func (l *Loop) call(f func()) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -360,7 +381,7 @@ func (l *Loop) arrive(fd int32, more uint32) (_ *Conn, err error) {
 	return c, nil
 }
 
-// leave takes out a connection whose descriptor is closed, or another loop's from now on.
+// leave takes out a connection whose descriptor is closed.
 func (l *Loop) leave(c *Conn) {
 	l.conns[c.slot] = nil
 	l.vacant = append(l.vacant, c.slot)

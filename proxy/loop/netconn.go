@@ -28,6 +28,9 @@ func (c *Conn) NetConn() *NetConn {
 	return n
 }
 
+// farAhead is later than anybody waits for, and not so late that it could not be counted.
+const farAhead = 100 * 365 * 24 * time.Hour
+
 // half is one direction: its deadline, and who is at it.
 type half struct {
 	timer
@@ -51,14 +54,14 @@ func (h *half) fire() {
 func (h *half) set(t time.Time) {
 	h.passed = false
 	wheel, now := &h.conn.loop.wheel, h.conn.loop.now
-	switch {
+	switch left := min(time.Until(t), farAhead); {
 	case t.IsZero():
 		wheel.stop(&h.timer)
-	case !t.After(time.Now()):
+	case left <= 0:
 		wheel.stop(&h.timer)
 		h.fire()
 	default:
-		wheel.set(&h.timer, Time(t.Sub(began)), now)
+		wheel.set(&h.timer, clock().Add(left), now)
 	}
 }
 

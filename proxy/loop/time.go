@@ -69,14 +69,16 @@ func (w *wheel) insert(t *timer, now Time) {
 	if w.count == 0 { // nobody has moved it on
 		w.last = max(w.last, tick(now))
 	}
+	// The wheel may stand behind, for as long as the loop has rested.
+	from := max(w.last, tick(now))
 	at := max(tick(t.deadline+1<<tickBits-1), w.last+1)
-	level, ahead := 0, at-w.last
+	level, ahead := 0, at-from
 	for level < levels-1 && ahead >= (levelSlots-1)<<(levelBits*level) {
 		level++
 	}
 	shift := levelBits * level
 	if ahead >= (levelSlots-1)<<shift {
-		at = w.last + (levelSlots-2)<<shift
+		at = from + (levelSlots-2)<<shift
 	}
 	turn := (at + 1<<shift - 1) >> shift
 	slot := int(turn%levelSlots) + level*levelSlots

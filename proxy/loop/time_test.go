@@ -106,6 +106,30 @@ func TestWheelAfterAPause(t *testing.T) {
 	}
 }
 
+// TestWheelThatStandsBehind: events, which may set timers, come before those that are due, so that the wheel stands behind for as long
+// as the loop has rested.
+func TestWheelThatStandsBehind(t *testing.T) {
+	for _, rest := range []time.Duration{time.Second, 10 * time.Second, time.Hour} {
+		var w wheel
+		now := clock()
+		far := newRing(&now)
+		w.set(&far.timer, now.Add(1000*time.Hour), now)
+		w.expire(now)
+		now = now.Add(rest)
+		r, set := newRing(&now), now
+		const wait = 100 * time.Millisecond
+		w.set(&r.timer, now.Add(wait), now)
+		w.expire(now)
+		for r.at == 0 {
+			now = w.nextDue()
+			w.expire(now)
+		}
+		if late := r.at - set.Add(wait); late < 0 || late > 2<<tickBits+Time(wait)*8/63 {
+			t.Errorf("after %v: %v late", rest, time.Duration(late))
+		}
+	}
+}
+
 // TestWheelAtRandom: timers that are set, put off, drawn nearer, stopped, and set again by one that fires. Those that are set fire,
 // and no others.
 func TestWheelAtRandom(t *testing.T) {
