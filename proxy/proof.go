@@ -71,11 +71,11 @@ type suspect struct {
 
 // doubted notes that a dial of ours was captured, outside of a proof: c is what was accepted.
 func (s *Server) doubted(c upstream.Client) {
-	s.proofResult(upstream.ErrCaptured)
 	select {
-	case s.doubt <- suspect{c.Remote().Addr(), c.Local()}:
+	case s.doubt <- suspect{c.Remote().Addr(), c.Local()}: // first: a proof that ends just now is not to dispel it
 	default: // one is enough
 	}
+	s.proofResult(upstream.ErrCaptured)
 }
 
 func (s *Server) proofResult(err error) {

@@ -26,7 +26,6 @@ type route struct {
 var (
 	errOwnListener = errors.New("the destination is a listener of this proxy: connected to as such, or redirected and forgotten by connection tracking")
 	errShutdown    = errors.New("still open when the proxy had to end (--drain-timeout, or a second signal)")
-	errFault       = errors.New("a fault of this proxy, which the log tells of")
 	errLimit       = errors.New("as many connections as may be are open (--max-connections, or the descriptor limit)")
 )
 
@@ -81,7 +80,7 @@ type carried struct {
 // handle is the first handler of a connection: it dials, and hands both to the relay.
 func (r *route) handle(conn *loop.Conn, c upstream.Client) {
 	carried := &carried{server: r.Server, record: r.book.Open(telemetry.TCP, r.direction, c.Remote(), c.Local())}
-	err := errFault
+	err := tcp.ErrFault
 	defer func() {
 		if err != nil {
 			conn.Abort()
@@ -117,6 +116,7 @@ func (r *route) connect(conn *loop.Conn, c upstream.Client, record *telemetry.Re
 
 // ended closes the books on a connection when both of its sides are closed.
 func (c *carried) ended(err error) {
+	defer c.server.live.Leave()
 	if u := c.upstream; u != nil {
 		if err != nil && u.Captured() {
 			err = &refusal{telemetry.OwnDialCaptured, upstream.ErrCaptured}
@@ -127,7 +127,6 @@ func (c *carried) ended(err error) {
 		err = errShutdown
 	}
 	c.record.Close(reason(err), err)
-	c.server.live.Leave()
 }
 
 // refusal is a connection that the proxy does not carry.

@@ -19,7 +19,7 @@ type Config struct {
 	Loops int           // 0: one for each processor that Go uses (GOMAXPROCS)
 	Log   *slog.Logger  // panics and stalls; nil: slog.Default
 	Stall time.Duration // for how long a handler may hold its loop until the watchdog logs it; 0: a second
-	// Pipes bounds those of a loop; what gets none is copied. 0: its share of 32. A user may have 64 MiB in pipes
+	// Pipes bounds those of a loop; what gets none is copied. 0: its share of 32; less: none. A user may have 64 MiB in pipes
 	// (pipe-user-pages-soft in proc_sys_fs(5)); of this size that is 64.
 	Pipes int
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pillionproxy/pillion/proxy/loop"
+	"github.com/pillionproxy/pillion/proxy/tcp"
 	"golang.org/x/sys/unix"
 )
 
@@ -103,6 +104,35 @@ func TestBulkWithoutPipe(t *testing.T) {
 	}
 	if err := arrives(l.server, up); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestStreamHasItsShare of a turn and no more, also where there is no pipe for it.
+func TestStreamHasItsShare(t *testing.T) {
+	for name, pipes := range map[string]int{"spliced": 1, "copied": -1} {
+		t.Run(name, func(t *testing.T) {
+			l := newLabWith(t, loop.Config{Loops: 1, Pipes: pipes}, 0)
+			var most, last uint64 // of the loop
+			on := l.near[tcp.Client].Loop()
+			var look func()
+			look = func() { // in each turn
+				now := l.sent.Load()
+				most, last = max(most, now-last), now
+				on.Post(look)
+			}
+			on.Post(look)
+			data := content(4 * bulk)
+			send(t, l.client, data)
+			if err := arrives(l.server, data); err != nil {
+				t.Error(err)
+			}
+			on.Do(func() {
+				if most >= 2<<20 { // its pieces, and then bulk
+					t.Errorf("%d bytes were passed on in a turn", most)
+				}
+				look = func() {}
+			})
+		})
 	}
 }
 

@@ -9,10 +9,14 @@ import (
 )
 
 const (
+	// bulk is how many full buffers in a row are taken for bulk.
+	bulk = 2
 	// bulkBurst is the least that comes at once as long as it is bulk; what is less is as well copied.
 	bulkBurst = 128 << 10
-	// share is what one stream may pass on until others get their turn.
-	share = 1 << 20
+	// share is what one stream may pass on until others get their turn, as bulk or in pieces, of which there are no more than make as
+	// much if they are full. In a turn in which it becomes bulk it passes on both.
+	share  = 1 << 20
+	pieces = share / loop.BufferSize
 )
 
 // pump is the handler of both connections of a pair: it passes on what has come, be it the end.
@@ -21,7 +25,7 @@ func pump(c *loop.Conn) {
 	finished := false
 	defer func() {
 		if !finished { // it panics: the other side is to know
-			s.relay.fail(&Error{Side: s.which, Err: errFault})
+			s.relay.fail(&Error{Side: s.which, Err: ErrFault})
 		}
 	}()
 	if err := s.pass(); err != nil {
@@ -30,82 +34,73 @@ func pump(c *loop.Conn) {
 	finished = true
 }
 
-// pass passes on what there is, or a fair share of it.
+// pass passes on what there is, or its share of it; then we are called again.
 func (s *side) pass() *Error {
-	for {
-		if s.bulk {
-			again, err := s.splice()
-			if err != nil || !again {
-				return err
-			}
-		}
-		again, err := s.copy()
-		if err != nil || !again {
+	for range pieces {
+		more, err := s.piece()
+		if err != nil || !more {
 			return err
 		}
 	}
+	return nil
 }
 
-// splice passes on bulk without copying it. again: the rest, be it the end, is for copy to receive.
-func (s *side) splice() (again bool, _ *Error) {
+// piece passes on what comes at once. more: there may be more, or its end.
+func (s *side) piece() (more bool, _ *Error) {
+	if s.full < bulk {
+		return s.copy()
+	}
 	n, srcErr, dstErr := loop.Splice(s.other().conn, s.conn, share)
 	s.count(n)
 	switch {
 	case dstErr != nil:
 		return false, s.sending(dstErr)
 	case srcErr == loop.ErrNoPipe:
-		s.bulk = false
+		s.full = 0
 		return true, nil
 	case srcErr != nil:
 		return false, s.receiving(srcErr)
 	case n >= share:
-		return false, nil // we are called again
+		return false, nil
+	case s.conn.Readable() || n < bulkBurst: // something that splice cannot tell of; or it is bulk no more
+		s.full = 0
 	}
-	s.bulk = n >= bulkBurst
 	return s.conn.Readable(), nil
 }
 
-// copy passes on what comes in pieces, until there is no more, or it turns out to be bulk: again.
-func (s *side) copy() (again bool, _ *Error) {
-	for full := 0; full < 2; {
-		b := s.conn.Loop().Buffer()
-		n, err := s.conn.TryRecv(b)
-		if err == nil && n < len(b) && !s.conn.Urgent() && s.conn.Ending() { // so that the end goes with the data
-			var more int
-			more, err = s.conn.TryRecv(b[n:])
-			n += more
-		}
-		if n > 0 {
-			if n == len(b) {
-				full++
-			}
-			if err := s.send(b, n, err == io.EOF); err != nil {
-				return false, err
-			}
-		} else {
-			s.conn.Loop().Release(b)
-		}
-		switch {
-		case err == loop.ErrAgain:
-			return false, nil
-		case err == io.EOF:
-			return false, s.end()
-		case err != nil:
-			return false, s.receiving(err)
-		}
-		if n > 0 && !s.conn.Readable() {
-			return false, nil
-		}
+// copy is piece by way of a buffer.
+func (s *side) copy() (more bool, _ *Error) {
+	b := s.conn.Loop().Buffer()
+	n, err := s.conn.TryRecv(b)
+	if err == nil && n < len(b) && !s.conn.Urgent() && s.conn.Ending() { // so that the end goes with the data
+		var rest int
+		rest, err = s.conn.TryRecv(b[n:])
+		n += rest
 	}
-	s.bulk = true
-	return true, nil
+	if n == len(b) {
+		s.full++
+	} else {
+		s.full = 0
+	}
+	if serr := s.send(b, n, err == io.EOF); serr != nil {
+		return false, serr
+	}
+	switch {
+	case err == loop.ErrAgain:
+		return false, nil
+	case err == io.EOF:
+		return false, s.end()
+	case err != nil:
+		return false, s.receiving(err)
+	}
+	return s.conn.Readable(), nil
 }
 
-// send passes on the first n bytes of a buffer, which it gives back.
+// send passes on the first n bytes of a buffer, maybe none, and gives it back.
 func (s *side) send(b []byte, n int, last bool) *Error {
 	to := s.other().conn
 	var err error
-	if s.conn.Urgent() {
+	if n > 0 && s.conn.Urgent() {
 		n, err = to.SendUrgent(b[:n])
 		s.conn.Loop().Release(b)
 	} else {

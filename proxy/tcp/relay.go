@@ -55,7 +55,8 @@ var (
 	// ErrIdle ends a relay that has passed on nothing for Options.Idle.
 	ErrIdle = errors.New("idle for too long")
 
-	errFault = errors.New("a fault of this proxy, which the log tells of")
+	// ErrFault ends what a panic has interrupted.
+	ErrFault = errors.New("a fault of this proxy, which the log tells of")
 )
 
 // Options are of one relay.
@@ -99,8 +100,8 @@ type side struct {
 	conn   *loop.Conn
 	passed *atomic.Uint64
 	which  Side
-	bulk   bool // what came last was bulk
-	ended  bool // the end of its stream was passed on
+	full   uint8 // buffers that were full, in a row, up to bulk
+	ended  bool  // the end of its stream was passed on
 }
 
 func (s *side) other() *side { return &s.relay.sides[1-s.which] }
