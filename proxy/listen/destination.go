@@ -3,7 +3,6 @@
 package listen
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"unsafe"
 
@@ -38,27 +37,14 @@ func (c *Conn) findDestination(port uint16) {
 // The option is SO_ORIGINAL_DST for IPv4 (linux/netfilter_ipv4.h) and IP6T_SO_ORIGINAL_DST for IPv6
 // (linux/netfilter_ipv6/ip6_tables.h), both 80.
 func originalDestination(fd int, v6 bool) netip.AddrPort {
-	if !v6 {
-		var sa unix.RawSockaddrInet4
-		n, err := getOption(fd, unix.SOL_IP, unix.SO_ORIGINAL_DST, unsafe.Slice((*byte)(unsafe.Pointer(&sa)), unsafe.Sizeof(sa)))
-		if err != nil || n < unix.SizeofSockaddrInet4 || sa.Family != unix.AF_INET {
-			return netip.AddrPort{}
-		}
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), hostOrder(sa.Port))
+	var sa unix.RawSockaddrInet6 // has room for the other family
+	level, size := unix.SOL_IP, unix.SizeofSockaddrInet4
+	if v6 {
+		level, size = unix.SOL_IPV6, unix.SizeofSockaddrInet6
 	}
-	var sa unix.RawSockaddrInet6
-	n, err := getOption(fd, unix.SOL_IPV6, unix.SO_ORIGINAL_DST, unsafe.Slice((*byte)(unsafe.Pointer(&sa)), unsafe.Sizeof(sa)))
-	if err != nil || n < unix.SizeofSockaddrInet6 || sa.Family != unix.AF_INET6 {
+	n, err := getOption(fd, level, unix.SO_ORIGINAL_DST, unsafe.Slice((*byte)(unsafe.Pointer(&sa)), size))
+	if err != nil || n < size {
 		return netip.AddrPort{}
 	}
-	addr := netip.AddrFrom16(sa.Addr)
-	if sa.Scope_id != 0 {
-		addr = addr.WithZone(loop.ZoneName(sa.Scope_id))
-	}
-	return netip.AddrPortFrom(addr, hostOrder(sa.Port))
-}
-
-// hostOrder converts a port as it stands in a raw socket address.
-func hostOrder(port uint16) uint16 {
-	return binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, port))
+	return loop.RawAddrPort(&sa)
 }

@@ -40,12 +40,19 @@ func (a *sockaddr) set(to netip.AddrPort) {
 	a.size = unix.SizeofSockaddrInet6
 }
 
-func (a *sockaddr) addrPort() netip.AddrPort {
+// RawAddrPort is an address as the kernel has it, of either family: what is of IPv4 is a RawSockaddrInet4 in truth. The zero value for
+// what is no address of TCP.
+func RawAddrPort(sa *unix.RawSockaddrInet6) netip.AddrPort {
+	a := sockaddr{RawSockaddrInet6: *sa}
 	port := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, a.Port))
-	if a.Family == unix.AF_INET {
+	switch a.Family {
+	case unix.AF_INET:
 		return netip.AddrPortFrom(netip.AddrFrom4(a.v4().Addr), port)
+	case unix.AF_INET6:
+		return AddrPort(&unix.SockaddrInet6{Port: int(port), ZoneId: a.Scope_id, Addr: a.Addr})
+	default:
+		return netip.AddrPort{}
 	}
-	return AddrPort(&unix.SockaddrInet6{Port: int(port), ZoneId: a.Scope_id, Addr: a.Addr})
 }
 
 // Sockaddr converts an address to its form in system calls. A zone is the name of an interface, or its index in digits.
@@ -65,7 +72,7 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	case *unix.SockaddrInet6:
 		addr := netip.AddrFrom16(sa.Addr).Unmap()
 		if sa.ZoneId != 0 && addr.Is6() {
-			addr = addr.WithZone(ZoneName(sa.ZoneId))
+			addr = addr.WithZone(zoneName(sa.ZoneId))
 		}
 		return netip.AddrPortFrom(addr, uint16(sa.Port))
 	default:
@@ -73,8 +80,8 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	}
 }
 
-// ZoneName is the zone of an interface, as package net has it: its name, or in digits if it is gone.
-func ZoneName(index uint32) string {
+// zoneName is the zone of an interface, as package net has it: its name, or in digits if it is gone.
+func zoneName(index uint32) string {
 	if i, err := net.InterfaceByIndex(int(index)); err == nil {
 		return i.Name
 	}

@@ -38,7 +38,7 @@ func accept(fd int32) (int32, netip.AddrPort, unix.Errno) {
 	if errno != 0 {
 		return -1, netip.AddrPort{}, errno
 	}
-	return int32(n), from.addrPort(), 0
+	return int32(n), RawAddrPort(&from.RawSockaddrInet6), 0
 }
 
 // address asks with getsockname or getpeername; the zero value if there is none.
@@ -47,7 +47,7 @@ func address(call uintptr, fd int32) netip.AddrPort {
 	if _, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(&a)), uintptr(a.room())); errno != 0 {
 		return netip.AddrPort{}
 	}
-	return a.addrPort()
+	return RawAddrPort(&a.RawSockaddrInet6)
 }
 
 // connect begins to connect. It is raw too: towards a peer of this host it is the whole handshake, and takes its time.
