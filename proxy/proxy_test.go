@@ -508,6 +508,7 @@ func TestHealthAndAdmin(t *testing.T) {
 		{s.health, "/healthz/live", "live"},
 		{s.health, "/healthz/ready", "ready"},
 		{s.health, "/metrics", "pillion_connections_open"},
+		{s.health, "/metrics", "pillion_loop_turns_total"},
 		{s.admin, "/connections", `"live": []`},
 		{s.admin, "/debug/pprof/goroutine?debug=1", "loop.(*Loop).run"},
 	} {
